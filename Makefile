@@ -1,0 +1,62 @@
+# make demo    accelerate the embedded model within 1% of its perplexity, then let the result write a few lines
+# make test    all tests (EXTRAS=train also installs torch and transformers, for the comparisons that need them)
+# make check   formatting, lint, types, floors, file sizes
+# make clean   remove everything that these made
+#
+# Needs python3 >= 3.11 with venv, and a C++20 compiler; cmake, ninja and the rest come through pip.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?=
+PROMPT ?= def parse(self, text):
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check
+sources := pyproject.toml CMakeLists.txt LICENSE README.md $(shell find src native -type f -not -path '*/__pycache__/*' -not -name '*.so')
+comma := ,
+empty :=
+extras := $(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))
+
+.PHONY: demo test check install clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed
+	@if [ -e build/demo-fast ]; then \
+	  rm -rf build/demo-fast.previous && mv build/demo-fast build/demo-fast.previous && \
+	  echo "the last demo's output is now build/demo-fast.previous"; \
+	fi
+	$(bin)/hasten accelerate demo --budget ppl=1% -o build/demo-fast
+	@echo
+	@echo "The accelerated model writes:"
+	$(bin)/hasten generate build/demo-fast -p '$(PROMPT)' -n 96 --temperature 0.7
+
+test: $(VENV)/tested-$(extras)
+	$(bin)/python -m pytest -rs
+
+check:
+	$(PYTHON) scripts/check
+
+install: $(VENV)/installed
+
+# The environment is made once, the package installed again when a source changes.
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is older than 3.11 or missing"; echo "hint: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sysconfig, os; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || { \
+	  echo "error: $(PYTHON) has no C headers"; echo "hint: apt install python3-dev, or dnf install python3-devel"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { \
+	  echo "error: no C++ compiler"; echo "hint: apt install g++, or set CXX"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/made $(sources)
+	@mkdir -p build
+	$(pip) install -q .
+	@touch $@
+
+$(VENV)/tested-$(extras): $(VENV)/installed
+	$(pip) install -q 'hasten[test$(if $(extras),$(comma)$(extras))]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

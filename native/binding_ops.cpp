@@ -1,0 +1,177 @@
+// The kernels of isa/ops.h and the sampler, by name of the instruction set, for tests. Arrays are C-contiguous float32;
+// results are new arrays. Sizes are the tests' business.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "isa/dispatch.h"
+#include "ops/sample.h"
+
+namespace nb = nanobind;
+using namespace hasten;
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Floats = Array<const float>;
+using Ints = Array<const int32_t>;
+template <class T>
+using Result = nb::ndarray<nb::numpy, T, nb::c_contig>;
+
+template <class T>
+Result<T> make(std::initializer_list<size_t> shape) {
+  size_t count = 1;
+  for (size_t n : shape) count *= n;
+  T* data = new T[count]();
+  return Result<T>(data, shape, nb::capsule(data, [](void* p) noexcept { delete[] static_cast<T*>(p); }));
+}
+
+const Kernels& table(const std::string& isa) {
+  const Kernels* found = kernels_for(isa);
+  if (found == nullptr) throw std::invalid_argument("instruction set '" + isa + "' is not available here");
+  return *found;
+}
+
+ActivationKind activation_kind(const std::string& name) {
+  const char* const names[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid"};
+  for (size_t i = 0; i < std::size(names); ++i)
+    if (name == names[i]) return static_cast<ActivationKind>(i);
+  throw std::invalid_argument("unknown activation '" + name + "'");
+}
+
+Result<float> norm(const std::string& isa, const std::string& kind, Floats x, std::optional<Floats> weight,
+                   std::optional<Floats> bias, float eps) {
+  const size_t rows = x.shape(0), n = x.shape(1);
+  auto out = make<float>({rows, n});
+  const NormKind k = kind == "layer" ? NormKind::layer : NormKind::rms;
+  for (size_t r = 0; r < rows; ++r)
+    table(isa).norm(k, x.data() + r * n, static_cast<int64_t>(n), weight ? weight->data() : nullptr,
+                    bias ? bias->data() : nullptr, eps, out.data() + r * n);
+  return out;
+}
+
+// x [heads, head_dim], cosine and sine [rotary / 2]
+Result<float> rope(const std::string& isa, Floats x, Floats cosine, Floats sine) {
+  auto out = make<float>({x.shape(0), x.shape(1)});
+  std::copy_n(x.data(), x.size(), out.data());
+  table(isa).rope(out.data(), static_cast<int64_t>(x.shape(0)), static_cast<int64_t>(x.shape(1)),
+                  2 * static_cast<int64_t>(cosine.size()), cosine.data(), sine.data());
+  return out;
+}
+
+Result<float> activation(const std::string& isa, const std::string& kind, Floats x) {
+  auto out = make<float>({x.size()});
+  table(isa).activation(activation_kind(kind), x.data(), static_cast<int64_t>(x.size()), out.data());
+  return out;
+}
+
+// "add", "multiply" of two arrays; "scale", "softcap" of an array and factor; else gate(a) * b of that activation.
+Result<float> elementwise(const std::string& isa, const std::string& op, Floats a, std::optional<Floats> b, float factor) {
+  const Kernels& k = table(isa);
+  const auto n = static_cast<int64_t>(a.size());
+  auto out = make<float>({a.size()});
+  if (op == "scale") k.scale(a.data(), factor, n, out.data());
+  else if (op == "softcap") k.softcap(a.data(), factor, n, out.data());
+  else if (!b) throw std::invalid_argument("'" + op + "' takes two arrays");
+  else if (op == "add") k.add(a.data(), b->data(), n, out.data());
+  else if (op == "multiply") k.multiply(a.data(), b->data(), n, out.data());
+  else k.gate(activation_kind(op), a.data(), b->data(), n, out.data());
+  return out;
+}
+
+double logsumexp(const std::string& isa, Floats x) { return table(isa).logsumexp(x.data(), static_cast<int64_t>(x.size())); }
+int64_t argmax(const std::string& isa, Floats x) { return table(isa).argmax(x.data(), static_cast<int64_t>(x.size())); }
+double divergence(const std::string& isa, Floats p, Floats q) {
+  return table(isa).divergence(p.data(), q.data(), static_cast<int64_t>(p.size()));
+}
+
+// Writes every row's keys and values into the cache (in place; float32, or bfloat16 as uint16) and attends `query_tile`
+// rows of a sequence at a time. q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim]; keys [blocks, kv_heads,
+// head_dim, block_size]; values [blocks, kv_heads, block_size, head_dim]; tables [sequences, blocks of one].
+template <class T>
+Result<float> attention(const std::string& isa, Floats q, Floats k, Floats v, Array<T> keys, Array<T> values, Ints positions,
+                        Ints starts, Ints tables, float scale, float softcap, int64_t window, bool causal,
+                        int64_t query_tile) {
+  const Kernels& kernels = table(isa);
+  const auto heads = static_cast<int64_t>(q.shape(1)), head_dim = static_cast<int64_t>(q.shape(2));
+  const auto kv_heads = static_cast<int64_t>(k.shape(1));
+  auto out = make<float>({q.shape(0), q.shape(1), q.shape(2)});
+  AttentionArgs a{};
+  a.kv = {sizeof(T) == 4 ? KvKind::f32 : KvKind::bf16, keys.data(), values.data(), kv_heads, head_dim,
+          static_cast<int64_t>(keys.shape(3))};
+  a.q = q.data();
+  a.k = k.data();
+  a.v = v.data();
+  a.out = out.data();
+  a.q_stride = a.out_stride = heads * head_dim;
+  a.k_stride = a.v_stride = kv_heads * head_dim;
+  a.heads = heads;
+  a.scale = scale;
+  a.softcap = softcap;
+  a.window = window;
+  a.causal = causal;
+  a.positions = positions.data();
+  a.starts = starts.data();
+  a.block_tables = tables.data();
+  a.table_stride = static_cast<int64_t>(tables.shape(1));
+  std::vector<std::byte> storage(static_cast<size_t>(kernels.attend_scratch(a, query_tile)) + kAlign, std::byte{0xff});
+  void* scratch = storage.data();
+  size_t space = storage.size();
+  std::align(kAlign, space - kAlign, scratch, space);
+  for (int64_t s = 0; s + 1 < static_cast<int64_t>(starts.size()); ++s) {
+    const int64_t begin = a.starts[s], end = a.starts[s + 1];
+    for (int64_t t = begin; t < end; ++t) kernels.kv_write(a, s, t);
+    for (int64_t head = 0; head < kv_heads; ++head)
+      for (int64_t t = begin; t < end; t += query_tile)
+        kernels.attend(a, s, head, t, std::min(end, t + query_tile), static_cast<std::byte*>(scratch));
+  }
+  return out;
+}
+
+nb::tuple sample(const std::string& isa, Floats logits, float temperature, int32_t top_k, float top_p, float min_p,
+                 float repetition, float presence, float frequency, uint64_t seed, int64_t position, Ints history,
+                 int64_t prompt_length) {
+  SampleRow row{temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, history.data(),
+                static_cast<int64_t>(history.size()), prompt_length};
+  SampleResult result{};
+  static SampleScratch scratch;   // reused, so that tests would see what a call leaves behind
+  sample_row(table(isa), logits.data(), static_cast<int64_t>(logits.size()), row, result, scratch);
+  return nb::make_tuple(result.token, result.logprob);
+}
+
+nb::tuple top(const std::string& isa, Floats logits, int64_t count) {
+  static SampleScratch scratch;
+  const auto size = static_cast<size_t>(std::min<int64_t>(count, static_cast<int64_t>(logits.size())));
+  auto tokens = make<int32_t>({size});
+  auto values = make<float>({size});
+  top_logprobs(table(isa), logits.data(), static_cast<int64_t>(logits.size()), count, tokens.data(), values.data(), scratch);
+  return nb::make_tuple(tokens, values);
+}
+
+}  // namespace
+
+void bind_ops(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("ops_norm", &norm, "isa"_a, "kind"_a, "x"_a, "weight"_a.none(), "bias"_a.none(), "eps"_a);
+  m.def("ops_rope", &rope, "isa"_a, "x"_a, "cosine"_a, "sine"_a);
+  m.def("ops_activation", &activation, "isa"_a, "kind"_a, "x"_a);
+  m.def("ops_elementwise", &elementwise, "isa"_a, "op"_a, "a"_a, "b"_a.none() = nb::none(), "factor"_a = 1.0f);
+  m.def("ops_logsumexp", &logsumexp, "isa"_a, "x"_a);
+  m.def("ops_argmax", &argmax, "isa"_a, "x"_a);
+  m.def("ops_divergence", &divergence, "isa"_a, "p"_a, "q"_a);
+  m.def("ops_attention", &attention<float>, "isa"_a, "q"_a, "k"_a, "v"_a, "keys"_a, "values"_a, "positions"_a, "starts"_a,
+        "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "causal"_a = true, "query_tile"_a = 16);
+  m.def("ops_attention_bf16", &attention<uint16_t>, "isa"_a, "q"_a, "k"_a, "v"_a, "keys"_a, "values"_a, "positions"_a,
+        "starts"_a, "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "causal"_a = true, "query_tile"_a = 16);
+  m.def("ops_sample", &sample, "isa"_a, "logits"_a, "temperature"_a = 1.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
+        "min_p"_a = 0.0f, "repetition"_a = 1.0f, "presence"_a = 0.0f, "frequency"_a = 0.0f, "seed"_a = 0, "position"_a = 0,
+        "history"_a, "prompt_length"_a = 0);
+  m.def("ops_top_logprobs", &top, "isa"_a, "logits"_a, "count"_a);
+}

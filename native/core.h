@@ -1,0 +1,132 @@
+// The nouns of the native core: weights, quantised activations, and the table of kernels that each instruction set fills.
+// Layouts here are the ones that src/hasten/formats writes; docs/kernels.md describes them for readers.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace hasten {
+
+inline constexpr int64_t kPanel = 16;      // weight rows that stand together
+inline constexpr int64_t kUnit = 32;       // columns of quantised weights are padded to this
+inline constexpr int64_t kAlign = 64;      // bytes; every array and buffer row starts on it
+
+inline constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Elements from row to row of activations that matmul kernels read: whole cache lines, but never a multiple of 2 KiB,
+// where the rows of a tile of tokens would contend for a few sets of the first-level cache.
+inline constexpr int64_t activation_stride(int64_t columns, int64_t element_bytes) {
+  const int64_t bytes = round_up(columns, 64) * element_bytes;
+  return (bytes % 2048 == 0 ? bytes + kAlign : bytes) / element_bytes;
+}
+
+enum class Kind : uint8_t { f32, f16, bf16, int8, int4, codebook4 };
+
+// A matrix [rows, columns], rows in panels of 16 (the last one ragged: absent rows are stored as zeros).
+//   f32        codes: float    [panels][columns][16]
+//   f16, bf16  codes: uint16_t [panels][round_up(columns, 2) / 2][16][2]      two neighbouring columns a lane
+//   int8       codes: uint8_t  [panels][padded / 4][16][4], value = (code - 128) * scale, codes 1..255
+//   int4       codes: uint8_t  [panels][padded / 8][16][4]: byte i holds column 8j+i (low) and 8j+4+i (high);
+//              value = (code - 8) * scale
+//   codebook4  as int4, value = (codebook[code] - 64) * scale, entries 0..127
+// where padded = round_up(columns, 32), padding codes are the zero point (codebook4: any code; activations there are 0),
+// scales: f16 [panels][ceil(columns / group)][16], may be negative.
+struct Weight {
+  Kind kind;
+  int64_t rows, columns, group;       // group: 32, 64 or 128; 0 for f32, f16, bf16
+  const void* codes;
+  const uint16_t* scales;             // null for f32, f16, bf16
+  const uint8_t* codebook;            // [16], codebook4 only
+
+  int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
+  int64_t padded() const { return round_up(columns, kUnit); }
+  int64_t groups() const { return group ? (columns + group - 1) / group : 0; }
+  bool is_float() const { return kind <= Kind::bf16; }
+};
+
+// Activations in int8 by row and group: x = code * scale, codes -127..127, zero from `columns` to round_up(columns, 64).
+// `group` (32, 64 or 128) divides the group of every weight that it meets.
+struct Quantised {
+  const int8_t* codes;                // [tokens][stride], stride at least round_up(columns, 64)
+  const float* scales;                // [tokens][groups]
+  const int32_t* sums;                // [tokens][groups] sum of the codes of a group
+  int64_t stride, groups, group;
+};
+
+enum class NormKind : uint8_t { rms, layer };
+enum class ActivationKind : uint8_t { none, silu, gelu, gelu_tanh, relu, tanh, sigmoid };
+enum class KvKind : uint8_t { f32, bf16 };
+
+// One layer's paged cache. A block holds block_size tokens of every key/value head:
+//   keys   [blocks][kv_heads][head_dim][block_size]      tokens run fastest: a score tile is a broadcast product
+//   values [blocks][kv_heads][block_size][head_dim]
+struct KvLayer {
+  KvKind kind;
+  void* keys;
+  void* values;
+  int64_t kv_heads, head_dim, block_size;
+};
+
+// Attention of a ragged batch over one layer's cache.
+struct AttentionArgs {
+  KvLayer kv;
+  const float* q;                     // [tokens][heads * head_dim], row stride q_stride
+  const float* k;                     // [tokens][kv_heads * head_dim]
+  const float* v;
+  float* out;                         // [tokens][heads * head_dim]
+  int64_t q_stride, k_stride, v_stride, out_stride;
+  int64_t heads;
+  float scale, softcap;               // softcap 0: none
+  int64_t window;                     // 0: none; else key j is seen by query i iff i - window < j <= i
+  bool causal;
+  const int32_t* positions;           // [tokens]
+  const int32_t* starts;              // [sequences + 1] rows of each sequence
+  const int32_t* block_tables;        // [sequences][table_stride]
+  int64_t table_stride;
+};
+
+// Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
+struct Kernels {
+  const char* name;                   // "scalar", "avx2", "avx512", "avx512_bf16"
+  bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
+
+  // --- isa/matmul
+  void (*quantise)(const float* x, int64_t columns, int64_t group, int8_t* codes, float* scales, int32_t* sums);
+  void (*to_bf16)(const float* x, int64_t columns, uint16_t* out);   // round to nearest even; zero up to round_up(columns, 64)
+  // out[t * out_stride + row] for tokens [0, tokens) and rows of panels [panel0, panel1); rows past w.rows are not written.
+  void (*matmul_int)(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
+                     int64_t out_stride, std::byte* scratch);
+  void (*matmul_float)(const Weight& w, const void* x, int64_t x_stride, int64_t tokens, int64_t panel0, int64_t panel1,
+                       float* out, int64_t out_stride, std::byte* scratch);
+  int64_t (*matmul_scratch)(const Weight& w, int64_t tokens);        // bytes per thread
+  void (*decode_row)(const Weight& w, int64_t row, float* out);      // one row as float32 (embedding look-up)
+  float (*read_memory)(const void* data, int64_t bytes);             // touches every cache line at full rate
+  int64_t (*int8_peak)(int64_t iterations);                          // multiply-accumulates done, all in registers
+  int64_t (*bf16_peak)(int64_t iterations);                          // the same with the best bf16-weight instruction
+
+  // --- ops (isa/ops.h over isa/simd_*.h)
+  void (*norm)(NormKind kind, const float* x, int64_t n, const float* weight, const float* bias, float eps, float* out);
+  void (*rope)(float* x, int64_t heads, int64_t head_dim, int64_t rotary, const float* cosine, const float* sine);
+  void (*activation)(ActivationKind kind, const float* x, int64_t n, float* out);
+  void (*gate)(ActivationKind kind, const float* gate, const float* up, int64_t n, float* out);   // act(gate) * up
+  void (*add)(const float* a, const float* b, int64_t n, float* out);
+  void (*multiply)(const float* a, const float* b, int64_t n, float* out);
+  void (*scale)(const float* a, float factor, int64_t n, float* out);
+  void (*softcap)(const float* a, float cap, int64_t n, float* out);                              // cap * tanh(a / cap)
+  void (*kv_write)(const AttentionArgs& a, int64_t sequence, int64_t token);                      // one row of the batch, all heads
+  // Query rows [token0, token1) of the batch, all of one sequence, one key/value head (all query heads that share it).
+  void (*attend)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
+                 std::byte* scratch);
+  int64_t (*attend_scratch)(const AttentionArgs& a, int64_t tokens); // bytes per thread for a query tile of `tokens`
+  double (*logsumexp)(const float* logits, int64_t n);
+  // KL(p || q) in nats over the whole vocabulary, both given as logits, accumulated in double.
+  double (*divergence)(const float* p, const float* q, int64_t n);
+  int64_t (*argmax)(const float* logits, int64_t n);                 // lowest index among equals
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();          // null where not compiled in
+const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
+const Kernels* avx512_bf16_emulated_kernels();   // for tests where the instruction is missing
+
+}  // namespace hasten

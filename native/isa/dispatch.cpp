@@ -1,0 +1,77 @@
+#include "isa/dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace hasten {
+namespace {
+
+#if defined(__x86_64__)
+// Asked of the processor itself: not every compiler's __builtin_cpu_supports knows the name. The builtins say whether the
+// system saves the registers.
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+bool runs(const std::string& name) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (name == "avx2") return avx2;
+  if (name == "avx512") return avx512;
+  return avx512 && __builtin_cpu_supports("avx512bf16");
+}
+#endif
+
+std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> found;
+#if defined(HASTEN_HAS_AVX512_BF16)
+  if (runs("avx512_bf16")) found.push_back(avx512_bf16_kernels());
+#endif
+#if defined(HASTEN_HAS_AVX512)
+  if (runs("avx512")) found.push_back(avx512_kernels());
+#endif
+#if defined(HASTEN_HAS_AVX2)
+  if (runs("avx2")) found.push_back(avx2_kernels());
+#endif
+  found.push_back(scalar_kernels());
+  return found;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* table : tables()) names.emplace_back(table->name);
+  return names;
+}
+
+const Kernels* kernels_for(const std::string& name) {
+#if defined(HASTEN_HAS_AVX512_BF16_EMULATED)
+  if (name == "avx512_bf16_emulated" && runs("avx512")) return avx512_bf16_emulated_kernels();
+#endif
+  for (const Kernels* table : tables())
+    if (name == table->name) return table;
+  return nullptr;
+}
+
+const Kernels& active_kernels() {
+  static const Kernels* chosen = [] {
+    const char* asked = std::getenv("HASTEN_ISA");
+    if (asked == nullptr || *asked == '\0') return tables().front();
+    if (const Kernels* table = kernels_for(asked)) return table;
+    std::string message = std::string("HASTEN_ISA=") + asked + " is not available here; this machine runs";
+    for (const std::string& name : available_isas()) message += " " + name;
+    throw std::invalid_argument(message);
+  }();
+  return *chosen;
+}
+
+}  // namespace hasten

@@ -1,0 +1,25 @@
+// Loads and masks of the AVX2 kernels.
+#pragma once
+#include <immintrin.h>
+
+#include "isa/matmul_common.h"
+
+namespace hasten {
+namespace {
+
+// Lanes of a half panel that are rows: `rows` counted from the half's first.
+inline __m256i lane_mask(int64_t rows) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(rows < 0 ? 0 : rows > 8 ? 8 : rows)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+inline __m256i broadcast4(const void* x) {
+  int32_t bits;
+  std::memcpy(&bits, x, sizeof bits);
+  return _mm256_set1_epi32(bits);
+}
+
+}  // namespace
+}  // namespace hasten

@@ -1,0 +1,200 @@
+#include "ops/sample.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+namespace hasten {
+namespace {
+
+constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
+constexpr double kLn2 = 0.693147180559945309417;
+
+uint64_t mix(uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+// --- candidates: logit and token in one integer, greater = larger logit, lower id among equals
+
+uint64_t pack(float logit, int64_t token) {
+  logit += 0.0f;   // -0 and 0 are equals
+  const uint32_t bits = std::bit_cast<uint32_t>(logit);
+  const uint32_t ordered = logit != logit ? 0u : bits >> 31 ? ~bits : bits | 0x80000000u;
+  return static_cast<uint64_t>(ordered) << 32 | static_cast<uint32_t>(~static_cast<uint32_t>(token));
+}
+
+int32_t token_of(uint64_t candidate) { return static_cast<int32_t>(~static_cast<uint32_t>(candidate)); }
+
+// The k greatest candidates of n logits, in no order. Keeps a buffer that is cut back to k whenever it fills, so that nearly
+// all logits meet only one comparison with the k-th best so far.
+void select_top(const float* logits, int64_t n, int64_t k, std::vector<uint64_t>& out) {
+  out.clear();
+  const size_t wanted = static_cast<size_t>(k), capacity = std::min<size_t>(static_cast<size_t>(n), 2 * wanted + 256);
+  out.reserve(capacity);
+  const auto cut = [&] {
+    std::nth_element(out.begin(), out.begin() + k - 1, out.end(), std::greater<>());
+    out.resize(wanted);
+  };
+  float bar = -std::numeric_limits<float>::infinity();   // ids ascend, so an equal of the k-th best comes too late
+  bool full = false;
+  for (int64_t i = 0; i < n; ++i) {
+    if (full && !(logits[i] > bar)) continue;
+    out.push_back(pack(logits[i], i));
+    if (out.size() < capacity || out.size() <= wanted) continue;
+    cut();
+    bar = logits[token_of(out.back())];
+    full = bar == bar;
+  }
+  if (out.size() > wanted) cut();
+}
+
+void sort_descending(std::vector<uint64_t>& candidates) { std::sort(candidates.begin(), candidates.end(), std::greater<>()); }
+
+// --- the stages of a draw
+
+void penalise(const SampleRow& row, int64_t n, float* logits, std::vector<int32_t>& counts) {
+  if (counts.size() < static_cast<size_t>(n)) counts.resize(static_cast<size_t>(n), 0);
+  // First sight of a token, prompt included, takes the repetition penalty; -1 marks it.
+  for (int64_t i = 0; i < row.history_length; ++i) {
+    const int32_t token = row.history[i];
+    if (counts[token] != 0) continue;
+    counts[token] = -1;
+    if (row.repetition != 1) logits[token] = logits[token] > 0 ? logits[token] / row.repetition : logits[token] * row.repetition;
+  }
+  for (int64_t i = 0; i < row.history_length; ++i) counts[row.history[i]] = 0;
+  for (int64_t i = row.prompt_length; i < row.history_length; ++i) ++counts[row.history[i]];
+  for (int64_t i = row.prompt_length; i < row.history_length; ++i) {
+    const int32_t token = row.history[i];
+    if (counts[token] == 0) continue;
+    logits[token] -= row.frequency * static_cast<float>(counts[token]);
+    logits[token] -= row.presence;
+    counts[token] = 0;
+  }
+}
+
+// The best logit + Gumbel noise met so far.
+struct Draw {
+  uint64_t key;
+  int32_t token;                      // stands where no logit is a number above -infinity
+  double best = -std::numeric_limits<double>::infinity();
+
+  void offer(double logit, int64_t id) {
+    const uint64_t bits = sample_bits(key, id);
+    // The noise exceeds d only if 1 - u < e^-d. Knowing log2(1 - u) to its integer part rules nearly every token out
+    // without a logarithm; the margin covers rounding.
+    const int exponent = static_cast<int>(std::bit_width((uint64_t{1} << 53) - bits)) - 54;
+    if (exponent * kLn2 >= logit - best + 1e-6) return;
+    const double value = logit - std::log(-std::log(static_cast<double>(bits) * 0x1p-53));
+    if (value > best || (value == best && id < token)) {
+      best = value;
+      token = static_cast<int32_t>(id);
+    }
+  }
+};
+
+double mass(uint64_t candidate, const float* logits, double top) {
+  return std::exp(static_cast<double>(logits[token_of(candidate)]) - top);
+}
+
+// Cuts candidates to the smallest prefix of their descending order whose mass reaches `wanted`, in no order: halves them,
+// and goes on in the half where it is reached.
+void keep_nucleus(const float* logits, double top, double wanted, std::vector<uint64_t>& candidates) {
+  auto low = candidates.begin(), high = candidates.end();
+  double reached = 0;
+  while (high - low > 64) {
+    const auto middle = low + (high - low) / 2;
+    std::nth_element(low, middle, high, std::greater<>());
+    double upper = 0;
+    for (auto c = low; c != middle; ++c) upper += mass(*c, logits, top);
+    if (reached + upper >= wanted) {
+      high = middle;
+    } else {
+      reached += upper;
+      low = middle;
+    }
+  }
+  std::sort(low, high, std::greater<>());
+  while (low != high && (low == candidates.begin() || reached < wanted)) reached += mass(*low++, logits, top);
+  candidates.resize(static_cast<size_t>(low - candidates.begin()));
+}
+
+// The tokens that top_k and top_p leave, in no order.
+void select_kept(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, double top,
+                 std::vector<uint64_t>& kept) {
+  double total = 0;   // in units of e^top, like every mass here
+  if (row.top_k > 0 && row.top_k < n) {
+    select_top(logits, n, row.top_k, kept);
+    if (row.top_p >= 1) return;
+    sort_descending(kept);
+    for (uint64_t candidate : kept) total += mass(candidate, logits, top);
+  } else {
+    total = std::exp(kernels.logsumexp(logits, n) - top);
+    // All tokens this far below the top together weigh less than what the nucleus may leave out.
+    const double depth = std::log(static_cast<double>(n) / ((1 - static_cast<double>(row.top_p)) * total)) + 1;
+    kept.clear();
+    for (int64_t i = 0; i < n; ++i)
+      if (logits[i] >= top - depth) kept.push_back(pack(logits[i], i));
+  }
+  keep_nucleus(logits, top, static_cast<double>(row.top_p) * total, kept);
+}
+
+int32_t draw(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, std::vector<uint64_t>& kept) {
+  const int64_t likeliest = kernels.argmax(logits, n);
+  const double top = logits[likeliest];
+  const double floor = row.min_p > 0 ? top + std::log(static_cast<double>(row.min_p))
+                                     : -std::numeric_limits<double>::infinity();
+  Draw best{sample_key(row.seed, row.position), static_cast<int32_t>(likeliest)};
+  best.offer(top, likeliest);
+  const auto offer = [&](int64_t token) {
+    if (logits[token] >= floor && token != likeliest) best.offer(logits[token], token);
+  };
+  if (row.top_p < 1 || (row.top_k > 0 && row.top_k < n)) {
+    select_kept(kernels, logits, n, row, top, kept);
+    for (uint64_t candidate : kept) offer(token_of(candidate));
+  } else {
+    for (int64_t i = 0; i < n; ++i) offer(i);
+  }
+  return best.token;
+}
+
+}  // namespace
+
+uint64_t sample_key(uint64_t seed, int64_t position) {
+  return mix(mix(seed + kGolden) + kGolden * (static_cast<uint64_t>(position) + 1));
+}
+
+uint64_t sample_bits(uint64_t key, int64_t token) {
+  return mix(key + kGolden * (static_cast<uint64_t>(token) + 1)) >> 11 | 1u;
+}
+
+void sample_row(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, SampleResult& result,
+                SampleScratch& scratch) {
+  const float* adjusted = logits;
+  const bool greedy = row.temperature == 0;
+  if (row.penalised() || (!greedy && row.temperature != 1)) {
+    scratch.logits.assign(logits, logits + n);
+    adjusted = scratch.logits.data();
+    if (row.penalised()) penalise(row, n, scratch.logits.data(), scratch.counts);
+    if (!greedy)
+      for (float& logit : scratch.logits) logit /= row.temperature;
+  }
+  result.token = static_cast<int32_t>(greedy ? kernels.argmax(adjusted, n)
+                                             : draw(kernels, adjusted, n, row, scratch.candidates));
+  result.logprob = log_probability(logits, kernels.logsumexp(logits, n), result.token);
+}
+
+void top_logprobs(const Kernels& kernels, const float* logits, int64_t n, int64_t count, int32_t* tokens, float* values,
+                  SampleScratch& scratch) {
+  select_top(logits, n, std::min(count, n), scratch.candidates);
+  sort_descending(scratch.candidates);
+  const double total = kernels.logsumexp(logits, n);
+  for (size_t i = 0; i < scratch.candidates.size(); ++i) {
+    tokens[i] = token_of(scratch.candidates[i]);
+    values[i] = log_probability(logits, total, tokens[i]);
+  }
+}
+
+}  // namespace hasten

@@ -1,0 +1,90 @@
+"""Reading the small files of a model directory: regular files of bounded size, and JSON that is what it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from hasten.errors import CheckpointError
+
+LARGEST_JSON = 64 << 20
+LARGEST_TOKENIZER = 512 << 20
+
+
+def regular_size(path: Path) -> int:
+    """Size in bytes of a regular file; symbolic links are followed, as the hub's cache is made of them.
+
+    Raises CheckpointError where it is missing, cannot be read, or is a folder, pipe or device.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    return status.st_size
+
+
+def read_bytes(path: Path, limit: int = LARGEST_JSON) -> bytes:
+    size = regular_size(path)
+    if size > limit:
+        raise CheckpointError(f"{path} has {size} bytes, more than the {limit} that such a file may have")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def read_text(path: Path, limit: int = LARGEST_JSON) -> str:
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is not UTF-8 text") from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object_pairs_hook that refuses a key given twice: readers would differ in which they take."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a key is given twice")
+    return made
+
+
+def parse_object(data: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object, or CheckpointError naming `what`."""
+    try:
+        value = json.loads(data, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(f"{what} is not valid JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{what} holds a JSON {type(value).__name__}, must hold an object")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    return parse_object(read_bytes(path), str(path))
+
+
+def read_optional_object(path: Path) -> dict[str, Any]:
+    """As read_object; {} where there is no such file."""
+    return read_object(path) if os.path.lexists(path) else {}
+
+
+def plain_name(name: object, suffix: str, where: str) -> str:
+    """`name` if it is a file name of `suffix` and no path: an index may not lead out of its directory."""
+    if (
+        not isinstance(name, str)
+        or not name.endswith(suffix)
+        or name != os.path.basename(name)
+        or name.startswith(".")
+        or "\\" in name
+        or "\0" in name
+    ):
+        raise CheckpointError(f"{where} names the file {name!r}, must be a plain name ending in {suffix}")
+    return name

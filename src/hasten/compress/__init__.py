@@ -1,0 +1,1 @@
+"""Compression: statistics of each matrix's input, methods that choose numbers from them, recipes by hand."""

@@ -1,0 +1,148 @@
+"""A recipe says by hand which matrix gets which format:
+
+    tensors:
+      - match: "*.mlp.*"          # a glob over tensor names; the first rule that matches wins
+        format: int4-g64          # or "original": leave it as it is
+        method: clip              # optional: the format's best method otherwise
+      - match: "*"
+        format: int8-g64
+
+Matrices that no rule matches stay as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hasten import formats
+from hasten.compress import methods
+from hasten.errors import FormatError, InputError
+
+ORIGINAL = "original"
+KEYS = ("match", "format", "method")
+EXAMPLE = 'write:\ntensors:\n  - match: "*"\n    format: int8-g64'
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one matrix. `format` "original" leaves it alone, and then `method` is "original" too."""
+
+    format: str
+    method: str
+
+    @property
+    def is_original(self) -> bool:
+        return self.format == ORIGINAL
+
+
+KEEP = Choice(ORIGINAL, ORIGINAL)
+
+
+@dataclass(frozen=True)
+class Rule:
+    match: str
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class Recipe:
+    rules: tuple[Rule, ...]
+
+    def assign(self, names: Sequence[str]) -> dict[str, Choice]:
+        """Tensor name -> choice, by the first rule that matches. Raises InputError for a rule that matches nothing."""
+        for rule in self.rules:
+            if not any(fnmatchcase(name, rule.match) for name in names):
+                near = difflib.get_close_matches(rule.match, names, 1, 0.0)
+                hint = f"a tensor is called '{near[0]}'; * stands for any characters" if near else None
+                raise InputError(f"the recipe's pattern '{rule.match}' matches no matrix of this model", hint)
+        return {name: next((r.choice for r in self.rules if fnmatchcase(name, r.match)), KEEP) for name in names}
+
+
+def read(path: Path) -> Recipe:
+    """Raises InputError naming the file, and the rule that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"the recipe {path} is not UTF-8 text") from None
+    try:
+        return parse(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error.message}", error.hint) from None
+
+
+def parse(text: str) -> Recipe:
+    """YAML text -> Recipe. Raises InputError."""
+    try:
+        document = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"this is not YAML: {' '.join(str(error).split())}", EXAMPLE) from None
+    except RecursionError:
+        raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
+    if not isinstance(document, dict) or "tensors" not in document:
+        raise InputError("a recipe is a mapping with the key 'tensors'", EXAMPLE)
+    unknown = [key for key in document if key != "tensors"]
+    if unknown:
+        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "it has one key: tensors")
+    rules = document["tensors"]
+    if not isinstance(rules, list) or not rules:
+        raise InputError("'tensors' must be a list of rules, at least one", EXAMPLE)
+    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)))
+
+
+def _rule(rule: Any, number: int) -> Rule:
+    if not isinstance(rule, dict):
+        raise InputError(f"rule {number} must be a mapping with the keys {', '.join(KEYS)}", EXAMPLE)
+    for key, value in rule.items():
+        if key not in KEYS:
+            close = difflib.get_close_matches(str(key), KEYS, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(KEYS)}"
+            raise InputError(f"rule {number} has the unknown key '{key}'", hint)
+        if not isinstance(value, str):
+            raise InputError(f"rule {number}: '{key}' must be text, not {value!r}", "put it in quotes")
+    for key in KEYS[:2]:
+        if key not in rule:
+            raise InputError(f"rule {number} lacks the key '{key}'", EXAMPLE)
+    return Rule(rule["match"], _choice(rule, number))
+
+
+def _choice(rule: dict[str, str], number: int) -> Choice:
+    name, method = rule["format"], rule.get("method")
+    if name == ORIGINAL:
+        if method not in (None, ORIGINAL):
+            raise InputError(f"rule {number}: format 'original' takes no method, not '{method}'")
+        return KEEP
+    try:
+        format = formats.get(name)
+        method = method or methods.best_for(format)
+        supported = methods.get(method).supports(format)
+    except (FormatError, InputError) as error:
+        raise InputError(f"rule {number}: {error.message}", error.hint) from None
+    if not supported:
+        best = methods.best_for(format)
+        raise InputError(f"rule {number}: method '{method}' cannot make {name}", f"'{best}' can")
+    return Choice(name, method)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice: the second would silently win."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen = set()
+    for key, _ in node.value:
+        if key.value in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
+        seen.add(str(key.value))
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

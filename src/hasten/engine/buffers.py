@@ -1,0 +1,72 @@
+"""Bytes that a compiled program holds beside weights, cache and arena: as native/plan sizes them, in a few formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hasten import formats
+from hasten.backends.batch import Limits
+from hasten.graph.graph import Graph, Node
+from hasten.graph.ops import Attention, FusedAttention, FusedLinear, Linear, Rope
+
+ALONE = 4096  # elements of input that each thread prepares for itself
+TILE_BYTES = 128 * 1024  # of a gate's output, and of columns unpacked to float32
+QUERY_TILE = 32
+SCORE_ROWS = 8
+
+
+def beside_arena(fused: Graph, limits: Limits, stored: Mapping[str, str] | None, threads: int) -> int:
+    """Rope tables, what the threads share, and each thread's own. `stored`: formats of matrices; None: all f32."""
+    shared = own = 0
+    for node in fused.nodes:
+        if isinstance(node.op, Linear | FusedLinear):
+            parts = _linear(fused, node, limits, stored)
+        elif isinstance(node.op, Attention | FusedAttention):
+            parts = _attention(fused, node, limits)
+        else:
+            continue
+        shared, own = max(shared, parts[0]), max(own, parts[1])
+    return _rope_tables(fused, limits) + shared + _round_up(own, 4096) * threads
+
+
+def _rope_tables(fused: Graph, limits: Limits) -> int:
+    ropes = {
+        (rope.frequencies, rope.factor)
+        for op in (node.op for node in fused.nodes)
+        if (rope := op.rope if isinstance(op, FusedAttention) else op if isinstance(op, Rope) else None)
+    }
+    return sum(8 * limits.context * len(frequencies) for frequencies, _ in ropes)
+
+
+def _linear(fused: Graph, node: Node, limits: Limits, stored: Mapping[str, str] | None) -> tuple[int, int]:
+    """(shared, for each thread) bytes of the input's prepared forms, and of what kernels unpack."""
+    op = node.op
+    names = [name for name in node.weights if fused.weights[name].is_matrix]
+    width = fused.weights[names[0]].shape[1]
+    chosen = [formats.get(stored[name] if stored else "f32") for name in names]
+    groups = [format.group for format in chosen if format.group]
+    dense = len(groups) < len(chosen)
+    padded = _round_up(width, 64)
+    token = 4 * _round_up(width, 16) if dense and isinstance(op, FusedLinear) and op.norm else 0
+    token += padded + 8 * -(-width // min(groups)) if groups else 0
+    most = limits.max_rows if node.inputs[0] in fused.row_values() else limits.max_tokens
+    alone = min(max(1, ALONE // width), most)
+    gate = isinstance(op, FusedLinear) and op.gate
+    kernel = max([16 * padded] * bool(groups) + [0 if f.kind == "f32" else TILE_BYTES for f in chosen if not f.group])
+    return token * most, token * alone + 4 * width + (TILE_BYTES if gate else 0) + (kernel if most > 1 else 0)
+
+
+def _attention(fused: Graph, node: Node, limits: Limits) -> tuple[int, int]:
+    """(shared, for each thread) bytes of turned queries and keys, and of a query tile at work."""
+    op = node.op
+    a = op.attention if isinstance(op, FusedAttention) else op
+    assert isinstance(a, Attention)
+    copied = isinstance(op, FusedAttention) and (op.q_norm or op.k_norm or op.rope)
+    strides = sum(_round_up(heads * a.head_dim, 16) for heads in (a.heads, a.kv_heads))
+    rows = min(QUERY_TILE, limits.max_tokens) * (a.heads // a.kv_heads)
+    own = rows * (8 * a.head_dim + 24) + 4 * limits.block_size * (SCORE_ROWS + 2 * a.head_dim)
+    return 4 * limits.max_tokens * strides if copied else 0, own
+
+
+def _round_up(count: int, to: int) -> int:
+    return -(-count // to) * to

@@ -1,0 +1,139 @@
+"""The loop: plan, run, sample, finish."""
+
+from __future__ import annotations
+
+import secrets
+from array import array
+from collections.abc import Collection
+from typing import Protocol
+
+from hasten.backends.batch import Program
+from hasten.engine.batches import Batches
+from hasten.engine.blocks import Blocks
+from hasten.engine.request import SamplingParams, Sequence, choice_seed
+from hasten.engine.sampler import Sampler, record
+from hasten.engine.scheduler import Scheduler
+from hasten.engine.text import TextStream, TokenStream
+from hasten.errors import ContextError, InputError
+
+PROMPT_TAIL = 16
+"""Tokens of the prompt that the first token's text may depend on."""
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of one: text as tokens come."""
+
+    def stream(self) -> TokenStream: ...
+
+
+class Engine:
+    """Serves many requests with one program. Not for several threads at once.
+
+    `vocabulary` bounds prompts' token ids; `eos_token_ids` end an output; without a tokenizer outputs have no text.
+    """
+
+    def __init__(
+        self, program: Program, vocabulary: int, tokenizer: Tokenizer | None = None, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        limits = program.limits
+        self.program = program
+        self.vocabulary = vocabulary
+        self.tokenizer = tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.blocks = Blocks(limits.kv_blocks, limits.block_size)
+        self.scheduler = Scheduler(self.blocks, limits.max_tokens, min(limits.max_sequences, limits.max_rows))
+        self.sampler = Sampler()
+        self._batches = Batches(self.blocks)
+        self._streams: dict[Sequence, TextStream] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
+        """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run."""
+        self._check(prompt, params)
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        room = self._room()
+        limit = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
+        choices = [
+            Sequence(array("i", prompt), len(prompt), params, choice_seed(seed, i), limit) for i in range(params.n)
+        ]
+        for sequence in choices:
+            if self.tokenizer:
+                self._streams[sequence] = _continue_text(self.tokenizer, prompt, params)
+            self.scheduler.add(sequence)
+        return choices
+
+    def step(self) -> list[Sequence]:
+        """Run one step. Returns the sequences that gained a token; those with a finish_reason are done."""
+        spans = self.scheduler.plan()
+        if not spans:
+            return []
+        outputs = self.program.step(self._batches.batch(spans, self.scheduler.moves))
+        self.scheduler.commit(spans)
+        drawing = [span.sequence for span in spans if span.draws]
+        if drawing:
+            sampled = outputs.sample(self.sampler.batch(drawing))
+            record(drawing, sampled)
+            for sequence, token in zip(drawing, sampled.tokens.tolist(), strict=True):
+                self._append(sequence, token)
+        return drawing
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a sequence that nobody waits for any more."""
+        if sequence.finish_reason is None:
+            self._finish(sequence)
+            sequence.finish_reason = "abort"
+
+    def _append(self, sequence: Sequence, token: int) -> None:
+        sequence.tokens.append(token)
+        params, stream = sequence.params, self._streams.get(sequence)
+        length = len(sequence.tokens)
+        stoppable = length - sequence.prompt_length >= params.min_tokens
+        ends = token in self.eos_token_ids and not params.ignore_eos
+        stop: int | str | None = None
+        if stream and not ends:
+            sequence.text += stream.push(token, stoppable=stoppable)
+            stop = stream.stopped
+        if params.stop_token_ids and not ends and token in params.stop_token_ids:
+            stop = token
+        if stoppable and (ends or stop is not None):
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        elif length >= sequence.limit:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason:
+            self._finish(sequence)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        stream = self._streams.pop(sequence, None)
+        if stream:
+            sequence.text += stream.finish()
+
+    def _room(self) -> int:
+        """Tokens that one sequence may have: the context, and what the cache holds of it."""
+        return min(self.program.limits.context, self.blocks.count * self.blocks.size)
+
+    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise InputError("the prompt is empty", "give at least one token")
+        if len(prompt) >= self._room():
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens; the context holds {self._room()}, and needs one to answer",
+                "shorten the prompt, or raise the context if the model's is longer",
+            )
+        wrong = next((t for t in prompt if not (isinstance(t, int) and 0 <= t < self.vocabulary)), None)
+        if wrong is not None:
+            raise InputError(f"token id {wrong} is not in the vocabulary of {self.vocabulary} tokens")
+        if (params.logprobs or 0) > self.vocabulary:
+            raise InputError(f"logprobs is {params.logprobs}, must be {self.vocabulary} (the vocabulary) or less")
+
+
+def _continue_text(tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> TextStream:
+    """Text that goes on from the prompt's: a first token decoded alone would lose its leading space."""
+    stream, shadow = tokenizer.stream(), tokenizer.stream()
+    for token in prompt[-PROMPT_TAIL:]:
+        stream.push(token)
+        shadow.push(token)
+    return TextStream(stream, params.stops, prompt_rest=shadow.finish())

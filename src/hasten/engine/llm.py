@@ -1,0 +1,284 @@
+"""The offline API: a model, and texts that it writes. Its shape is the one that vLLM's users know.
+
+What differs from vLLM: `progress` is a callback, and `use_tqdm=True` shows hasten's own lines on stderr; a token
+that would end the text, drawn before `min_tokens`, stays in the output and does not end it, where vLLM forbids drawing
+it; `logprobs` may be as many as the vocabulary; `rank` is None for a drawn token that is not among the likeliest
+asked for; there are no beams, logits processors, adapters or images.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hasten.backends.batch import Limits
+from hasten.engine import memory
+from hasten.engine.engine import Engine
+from hasten.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
+from hasten.engine.request import Sequence as Choice
+from hasten.errors import ContextError, InputError
+
+if TYPE_CHECKING:
+    from hasten.checkpoint import Model
+
+Report = Callable[[str, int, int], None]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, its token ids, or one of them as {"prompt": ...} or {"prompt_token_ids": ...}."""
+Messages = Sequence[Mapping[str, Any]]
+
+DEFAULT_CONTEXT = 4096
+"""Tokens a sequence may have where the user names no number, or the model's context where that is less."""
+STEP_TOKENS = 512
+MAX_THREADS = 1024
+KV_SHARE = 0.8
+"""Of the memory left beside weights and buffers, what the cache may take unless it must take more for one context."""
+
+
+class LLM:
+    """A model, ready to write.
+
+    `model`: a Hugging Face directory, a hub id, an artifact, or "demo"; or one of them opened. `context`: tokens a
+    sequence may have, its prompt included. `max_batch`: sequences computed together; more wait. `threads`: 0 for one a
+    core. `kv_format`: "auto", "bf16" or "f32". `memory`: bytes that all of it may take, None for what is available.
+    Raises ContextError, InputError, MemoryLimitError (before anything is loaded), and what opening a model raises.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        context: int | None = None,
+        max_batch: int = 16,
+        threads: int = 0,
+        kv_format: str = "auto",
+        memory: int | None = None,
+        report: Report | None = None,
+    ) -> None:
+        from hasten import checkpoint
+        from hasten.backends import native
+
+        self.model = model if isinstance(model, checkpoint.Model) else checkpoint.open(str(model))
+        limits = limits_for(
+            self.model, context=context, max_batch=max_batch, threads=threads, kv_format=kv_format, budget=memory
+        )
+        self.model = self.model.at_context(limits.context)  # rope may depend on it
+        self.tokenizer = self.model.tokenizer
+        self.program = native.compile(self.model.graph, self.model.weights(report), limits)
+        vocabulary = self.model.graph.vocabulary
+        self.engine = Engine(self.program, vocabulary, self.tokenizer, self.model.eos_token_ids)
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Report | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """An output for each prompt, a text or its token ids, in their order. Raises InputError or ContextError."""
+        given = [plain_prompt(prompt, i) for i, prompt in enumerate(_several(prompts))]
+        progress = progress or (_show_progress if use_tqdm else None)
+        params = _for_each(sampling_params, len(given))
+        started: list[tuple[str | list[int], list[Choice]]] = []
+        try:
+            for prompt, how in zip(given, params, strict=True):
+                started.append((prompt, self.engine.add(self._encode(prompt), how)))
+            total = sum(len(choices) for _, choices in started)
+            done = 0
+            while self.engine.busy:
+                done += sum(choice.finish_reason is not None for choice in self.engine.step())
+                if progress:
+                    progress("generating", done, total)
+        finally:  # an error, or Ctrl-C: nothing keeps running
+            self._abort(choice for _, choices in started for choice in choices)
+        return [self._output(prompt, choices) for prompt, choices in started]
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: Report | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """As generate, from conversations of {"role": ..., "content": ...} through the model's chat template."""
+        several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.chat_prompt(m) for m in several], sampling_params, progress, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Messages) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins."""
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
+        return list(self.tokenizer.encode(text, special=False))
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Stream:
+        """One output, text by text as it comes."""
+        params = sampling_params or SamplingParams()
+        if params.n != 1:
+            raise InputError(f"n is {params.n}; a stream has one choice", "use generate for several")
+        plain = plain_prompt(prompt)
+        (choice,) = self.engine.add(self._encode(plain), params)
+        return Stream(self, plain, choice)
+
+    def _encode(self, prompt: str | list[int]) -> list[int]:
+        return list(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt
+
+    def _abort(self, choices: Iterator[Choice]) -> None:
+        for choice in choices:
+            self.engine.abort(choice)
+
+    def _output(self, prompt: str | list[int], choices: list[Choice]) -> RequestOutput:
+        first = choices[0]
+        return RequestOutput(
+            request_id=str(next(self._ids)),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=first.tokens[: first.prompt_length].tolist(),
+            outputs=[self._completion(i, choice) for i, choice in enumerate(choices)],
+        )
+
+    def _completion(self, index: int, choice: Choice) -> CompletionOutput:
+        tokens = choice.output.tolist()
+        wants = choice.params.logprobs is not None
+        return CompletionOutput(
+            index=index,
+            text=choice.text,
+            token_ids=tokens,
+            cumulative_logprob=sum(choice.logprobs),
+            logprobs=[self._logprobs(choice, i, token) for i, token in enumerate(tokens)] if wants else None,
+            finish_reason=choice.finish_reason,
+            stop_reason=choice.stop_reason,
+        )
+
+    def _logprobs(self, choice: Choice, position: int, token: int) -> dict[int, Logprob]:
+        likeliest = choice.top[position] if choice.params.logprobs else []
+        values = {token: choice.logprobs[position], **dict(likeliest)}
+        ranks = {t: rank for rank, (t, _) in enumerate(likeliest, 1)}
+        before = choice.tokens[choice.prompt_length + position - 1]
+        return {t: Logprob(value, self._text_after(before, t), ranks.get(t)) for t, value in values.items()}
+
+    def _text_after(self, before: int, token: int) -> str:
+        """A token's text where it follows another: alone it would lose its leading space."""
+        alone = self.tokenizer.decode([before], skip_special=False)
+        return self.tokenizer.decode([before, token], skip_special=False)[len(alone) :]
+
+
+def plain_prompt(prompt: object, number: int = 0) -> str | list[int]:
+    """A prompt as its text or its token ids. Raises InputError naming prompt `number` where it is neither."""
+    given = prompt
+    if isinstance(prompt, Mapping):
+        given = prompt.get("prompt_token_ids", prompt.get("prompt"))
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Sequence | np.ndarray) and not isinstance(given, bytes | bytearray):
+        tokens = given.tolist() if isinstance(given, np.ndarray) else list(given)
+        if isinstance(tokens, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in tokens):
+            return tokens
+    shown = repr(prompt)
+    raise InputError(
+        f"prompt {number} is {shown if len(shown) <= 60 else shown[:57] + '...'}, must be a text or its token ids",
+        'give a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; several stand in a list',
+    )
+
+
+def _several(prompts: object) -> list[object]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    try:
+        return list(prompts)  # type: ignore[call-overload, no-any-return]
+    except TypeError:
+        return [prompts]
+
+
+def _show_progress(stage: str, done: int, total: int) -> None:
+    print(f"\r{stage}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+class Stream:
+    """Iterate for pieces of text; `output` is what there is so far. Closing it early drops the request."""
+
+    def __init__(self, llm: LLM, prompt: str | list[int], choice: Choice) -> None:
+        self._llm, self._prompt, self._choice, self._shown = llm, prompt, choice, 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while self._shown == len(self._choice.text):
+            if self._choice.finish_reason is not None:
+                raise StopIteration
+            self._llm.engine.step()
+        piece = self._choice.text[self._shown :]
+        self._shown = len(self._choice.text)
+        return piece
+
+    def close(self) -> None:
+        self._llm.engine.abort(self._choice)
+
+    @property
+    def output(self) -> RequestOutput:
+        return self._llm._output(self._prompt, [self._choice])
+
+
+def limits_for(
+    model: Model,
+    *,
+    context: int | None = None,
+    max_batch: int = 16,
+    threads: int = 0,
+    kv_format: str = "auto",
+    budget: int | None = None,
+) -> Limits:
+    """Limits to serve a model by: as large a cache as `max_batch` full contexts need and memory allows.
+
+    Raises ContextError for a context longer than the model's, InputError for numbers that make no sense,
+    MemoryLimitError where not even one full context fits beside the weights.
+    """
+    longest = model.graph.context
+    if context is not None and context > longest:
+        raise ContextError(
+            f"a context of {context} tokens is more than the model's {longest}", f"use {longest} or less"
+        )
+    wanted = context if context is not None else min(longest, DEFAULT_CONTEXT)
+    for name, value, least in (("context", wanted, 2), ("max_batch", max_batch, 1), ("threads", threads, 0)):
+        if value < least:
+            raise InputError(f"{name} is {value}, must be {least} or more")
+    if threads > MAX_THREADS:
+        raise InputError(f"threads is {threads}, must be {MAX_THREADS} or less")
+    if kv_format not in ("auto", *memory.KV_BYTES):
+        raise InputError(f"kv_format is '{kv_format}', must be auto, {' or '.join(memory.KV_BYTES)}")
+    limits = Limits(
+        context=wanted,
+        max_tokens=max(STEP_TOKENS, max_batch),
+        max_sequences=max_batch,
+        max_rows=max_batch,
+        kv_format=memory.kv_format(model.formats.values()) if kv_format == "auto" else kv_format,
+        threads=threads,
+    )
+    return _with_cache(model, limits, memory.memory()[1] if budget is None else budget)
+
+
+def _with_cache(model: Model, limits: Limits, available: int) -> Limits:
+    one = -(-limits.context // limits.block_size)
+    least = replace(limits, kv_blocks=one)
+    needed = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), least, model.formats)
+    memory.require(needed, available)
+    if not available:
+        return replace(limits, kv_blocks=one * limits.max_sequences)
+    left = KV_SHARE * (available - needed.weights - needed.buffers)
+    fit = int(left // max(needed.kv_cache / one, 1))
+    return replace(limits, kv_blocks=min(one * limits.max_sequences, max(one, fit)))
+
+
+def _for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InputError(f"{len(params)} sampling parameters for {count} prompts", "give one, or one for each prompt")
+    return list(params)

@@ -1,0 +1,151 @@
+"""Memory: what there is, and what running a model will take, said before it is taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hasten import formats
+from hasten.backends.batch import Limits
+from hasten.engine.buffers import beside_arena
+from hasten.errors import MemoryLimitError
+from hasten.graph.fuse import fuse
+from hasten.graph.graph import Graph
+from hasten.graph.memory import plan
+from hasten.graph.ops import Attention
+
+ROOT = Path("/")
+KV_BYTES = {"bf16": 2, "f32": 4}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes that a compiled model takes."""
+
+    weights: int
+    kv_cache: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.buffers
+
+
+def predict(graph: Graph, weights: int, limits: Limits, stored: Mapping[str, str] | None = None) -> Prediction:
+    """What `graph` takes when compiled for `limits`, with `weights` bytes of weights in the formats `stored` names."""
+    from hasten import _native
+
+    tokens, fused = limits.kv_blocks * limits.block_size, fuse(graph)
+    arena = 4 * plan(fused, limits.max_tokens, limits.max_rows).total
+    rest = beside_arena(fused, limits, stored, limits.threads or _native.granted_threads())
+    return Prediction(weights, tokens * kv_bytes(graph, limits.kv_format), arena + rest)
+
+
+def kv_bytes(graph: Graph, kv_format: str) -> int:
+    """Bytes of keys and values that one token leaves in the cache, all layers together."""
+    layers = [node.op for node in graph.nodes if isinstance(node.op, Attention)]
+    return sum(2 * op.kv_heads * op.head_dim for op in layers) * KV_BYTES[kv_format]
+
+
+def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
+    """Bytes of a graph's weights: matrices in the formats `stored` names, vectors in float32."""
+    total = 0
+    for name, spec in graph.weights.items():
+        if spec.is_matrix:
+            rows, columns = spec.shape
+            total += formats.get(stored[name]).nbytes(rows, columns)
+        else:
+            total += 4 * spec.shape[0]
+    return total
+
+
+def kv_format(stored: Iterable[str]) -> str:
+    """The cache's format for a model whose matrices are stored so: f32 where one of them is, else bf16.
+
+    Serving and evaluation both ask here, so that what is measured is what is served.
+    """
+    return "f32" if "f32" in stored else "bf16"
+
+
+def require(needed: Prediction, available: int) -> None:
+    """Raise MemoryLimitError where `needed` is more than the `available` bytes (0: not known, nothing is refused)."""
+    if available and needed.total > available:
+        parts = f"weights {size(needed.weights)}, cache {size(needed.kv_cache)}, buffers {size(needed.buffers)}"
+        raise MemoryLimitError(
+            f"running this takes {size(needed.total)} ({parts}); {size(available)} are available",
+            "a shorter context, a smaller batch or a compressed model (hasten accelerate) takes less",
+        )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def memory(root: Path = ROOT) -> tuple[int, int]:
+    """(total, available) bytes, the smaller of machine and container; (0, 0) where the system does not tell."""
+    try:
+        total = kilobytes(root / "proc/meminfo", "MemTotal")
+        available = kilobytes(root / "proc/meminfo", "MemAvailable")
+    except OSError:
+        try:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, AttributeError):
+            total = 0
+        available = total
+    for limit, used in _container_limits(root):
+        total = min(total or limit, limit)
+        available = min(available or limit, max(limit - used, 0))
+    return total, available
+
+
+def kilobytes(path: Path, field: str) -> int:
+    """A `Field:  123 kB` line of a file in /proc, in bytes."""
+    for line in path.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == field:
+            return int(value.split()[0]) * 1024
+    raise OSError(f"{path} has no {field}")
+
+
+def _container_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, used) in bytes for each control group with a memory limit, from this process's own group upwards.
+
+    Files cached by the group can be dropped, so they do not count as used.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            found += _group_limit(base.joinpath(*parts[:depth]), *names)
+    return found
+
+
+def _group_limit(folder: Path, limit_name: str, used_name: str, cached_field: str) -> list[tuple[int, int]]:
+    try:
+        limit = (folder / limit_name).read_text().strip()
+        used = int((folder / used_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    if not limit.isdigit() or int(limit) >= 1 << 60:  # "max", or version 1's way to say none
+        return []
+    return [(int(limit), max(used - int(stat.get(cached_field, 0)), 0))]

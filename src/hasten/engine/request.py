@@ -1,0 +1,209 @@
+"""The engine's nouns: how to sample, what a request asks, how far a sequence is, what comes back. No numerics here."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hasten.errors import InputError
+
+FinishReason = Literal["stop", "length", "abort"]
+
+_MASK = 2**64 - 1
+_LARGEST = 2**31 - 1
+MAX_CHOICES = 4096
+COLDEST, HOTTEST = 1e-5, 1e5
+"""Temperatures other than 0: beyond these, float32 cannot divide logits by them."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to draw tokens. Defaults draw from the model's own distribution, sixteen tokens at most.
+
+    Raises InputError for values that make no sense; an argument that does not exist is a TypeError naming it.
+    """
+
+    n: int = 1
+    """Choices: independent continuations of one prompt."""
+    temperature: float = 1.0
+    """0: always the likeliest token. Else 1e-5 or more."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all."""
+    min_p: float = 0.0
+    max_tokens: int | None = 16
+    """None: as many as the context holds."""
+    min_tokens: int = 0
+    """Nothing that would end the output does so before; tokens that would are not forbidden, and stay in it."""
+    stop: str | list[str] | tuple[str, ...] | None = None
+    """Texts that end the output; they are not part of it."""
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
+    seed: int | None = None
+    """None: another one for each request."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logprobs: int | None = None
+    """How many of the likeliest tokens to give log-probabilities of, besides the drawn one's own."""
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            _check_kind(name, getattr(self, name), kind)
+        _check(1 <= self.n <= MAX_CHOICES, "n", self.n, f"between 1 and {MAX_CHOICES}")
+        _check(
+            self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST,
+            "temperature",
+            self.temperature,
+            f"0, or between {COLDEST:g} and {HOTTEST:g}",
+        )
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(-1 <= self.top_k <= _LARGEST, "top_k", self.top_k, "between 0 and 2**31 - 1 (0: all tokens)")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _check(
+            self.max_tokens is None or 1 <= self.max_tokens <= _LARGEST,
+            "max_tokens",
+            self.max_tokens,
+            "between 1 and 2**31 - 1",
+        )
+        _check(0 <= self.min_tokens <= _LARGEST, "min_tokens", self.min_tokens, "between 0 and 2**31 - 1")
+        if self.max_tokens is not None:
+            _check(
+                self.min_tokens <= self.max_tokens,
+                "min_tokens",
+                self.min_tokens,
+                f"max_tokens {self.max_tokens} or less",
+            )
+        _check(self.seed is None or 0 <= self.seed <= _MASK, "seed", self.seed, "between 0 and 2**64 - 1")
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
+        _check(
+            0.01 <= self.repetition_penalty <= 100,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "between 0.01 and 100",
+        )
+        _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
+        _check(all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty")
+        _check(
+            all(isinstance(t, int) for t in self.stop_token_ids or ()),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "token ids",
+        )
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+_WHOLE: tuple[type | tuple[type, ...], str] = (int, "a whole number")
+_NUMBER: tuple[type | tuple[type, ...], str] = ((int, float), "a number")
+_KINDS = {
+    "n": _WHOLE,
+    "temperature": _NUMBER,
+    "top_p": _NUMBER,
+    "top_k": _WHOLE,
+    "min_p": _NUMBER,
+    "max_tokens": _WHOLE,
+    "min_tokens": _WHOLE,
+    "seed": _WHOLE,
+    "presence_penalty": _NUMBER,
+    "frequency_penalty": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "logprobs": _WHOLE,
+}
+_OPTIONAL = frozenset({"max_tokens", "seed", "logprobs"})
+
+
+def _check_kind(name: str, value: object, kind: tuple[type | tuple[type, ...], str]) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    fits = isinstance(value, kind[0]) and not isinstance(value, bool)
+    _check(fits and (not isinstance(value, float) or math.isfinite(value)), name, value, kind[1])
+
+
+def _check(fine: bool, name: str, value: object, must: str) -> None:
+    if not fine:
+        raise InputError(f"{name} is {value}, must be {must}")
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A natural logarithm of a token's probability in the model's own distribution, and the token's text."""
+
+    logprob: float
+    decoded_token: str
+    rank: int | None = None
+    """1 for the likeliest; None where the token is not among those asked for."""
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One choice. `logprobs` has for each token a dict from token id: the drawn token's first, then the likeliest."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    logprobs: list[dict[int, Logprob]] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+    """The token of stop_token_ids, or the text of stop, that ended it; None where it ended otherwise."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and what came of it."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = True
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice on its way: its tokens, and where their keys and values are.
+
+    Tokens [0, computed) are in the cache; blocks[i] holds positions [i * block_size, (i + 1) * block_size).
+    """
+
+    tokens: array[int]
+    prompt_length: int
+    params: SamplingParams
+    seed: int
+    limit: int
+    """Tokens, the prompt's included, at which it ends."""
+    computed: int = 0
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    hashes: list[bytes] = field(default_factory=list)
+    """Of the full blocks of `tokens`, as far as they were asked for."""
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    cached: int = 0
+    """Tokens that were found in the cache when it was last admitted."""
+    preemptions: int = 0
+
+    @property
+    def output(self) -> array[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the program has yet to see: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """The seed of one choice of a request, by splitmix64 (Steele, Lea and Flood 2014): choices differ, and repeat."""
+    z = (seed + (choice + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

@@ -1,0 +1,1 @@
+"""`accelerate`: the fastest model within a stated quality, found by measured costs, proven on held-out text."""

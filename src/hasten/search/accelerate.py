@@ -1,0 +1,198 @@
+"""`accelerate`: a model goes in, and a measurably faster one within a stated quality comes out, or the news of none.
+
+Interrupted and started again, it continues: every measurement is on disk as soon as it is made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hasten import checkpoint
+from hasten.backends.batch import Int32
+from hasten.bench import peak
+from hasten.compress import calibrate
+from hasten.compress.calibrate import Statistics
+from hasten.compress.run import Packer
+from hasten.errors import BackendError, CheckpointError, OutputError
+from hasten.evaluate import perplexity
+from hasten.search import cost, document, report, sensitivity, speed, texts
+from hasten.search.candidates import tensors
+from hasten.search.cost import Site
+from hasten.search.job import Job, Note, Report, Settings, calibration_tokens, prepare, work_folder
+from hasten.search.prove import Proof, prove
+from hasten.search.quality import Judge
+from hasten.search.refine import Refiner, Space, Tried
+from hasten.search.trials import Trials
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`document` is what report.json holds. `output` is None where nothing was written: `reason` says why."""
+
+    document: dict[str, Any]
+    output: Path | None
+    reason: str = ""
+
+
+def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
+    """The whole flow. Raises HastenError for input that cannot be used; leaves nothing half-written."""
+    job = prepare(settings, report, note)
+    settings = job.settings
+    with Trials(work_folder(settings.output), settings.keep_work) as trials:
+        if trials.count():
+            note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
+        statistics = calibrated(job, trials)
+        packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
+        space, times = explore(job, statistics, packer, trials)
+        sizes = text_sizes(job, trials)
+        slices = texts.slices(job.texts.final, sizes["final"])
+        refiner = refine(job, space, packer, texts.take(job.texts.search, sizes["search"]), slices, trials)
+        proof = prove(job, refiner, slices, trials)
+        if proof.chosen is None:
+            return Outcome(document.make(job, refiner, proof, times, None), None, proof.reason)
+        made = write(job, packer, proof, proof.chosen, refiner, times, trials.folder / "artifact")
+        place(trials.folder / "artifact", settings.output)
+    return Outcome(made, settings.output)
+
+
+def calibrated(job: Job, trials: Trials) -> Statistics:
+    """Input statistics and last hidden states, from disk where an earlier run left them."""
+    context = min(job.graph.context, 512)
+    flat = np.concatenate(job.texts.calibration)[: calibration_tokens(job.graph)]
+    job.texts = texts.replace_calibration(job.texts, texts.split(flat, context))
+    windows = job.texts.calibration
+    file = trials.folder / f"calibration-{texts.digest([flat])}.npz"
+    fact = [job.key, file.name, context]
+    with job.stage("calibration"):
+        if file.exists() and trials.get("calibration", fact) is not None:
+            return Statistics.load(file)
+        statistics = calibrate.calibrate(
+            job.graph, job.original, windows, kv_format=job.kv_format, threads=job.threads, report=job.report
+        )
+    kept = len(texts.take(windows, sensitivity.MOST_TOKENS))
+    statistics.final = statistics.final[:kept]
+    statistics.save(file)
+    trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
+    return statistics
+
+
+def seconds_per_token(job: Job, trials: Trials) -> float:
+    """Of the original, in chunks: as the first calibration took, so that a run continued decides as it did before."""
+    flat = np.concatenate(job.texts.calibration)
+    name = f"calibration-{texts.digest([flat])}.npz"
+    found = trials.get("calibration", [job.key, name, min(job.graph.context, 512)])
+    assert found is not None
+    return float(found["seconds_per_token"])
+
+
+def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) -> tuple[Space, dict[Site, float]]:
+    """Every matrix's choices with their costs and losses."""
+    found = tensors(job.graph, job.original)
+    key = [job.key, texts.digest(job.texts.calibration)]
+    with job.stage("candidates"):
+        errors = sensitivity.errors(found, packer, trials, key, job.report)
+    with job.stage("timing kernels"):
+        objective = job.settings.objective
+        times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
+    with job.stage("sensitivity"):
+        available = sum(len(w) for w in statistics.final)
+        limit = 60 * job.settings.minutes
+        plan = sensitivity.plan(job.graph, found, seconds_per_token(job, trials), limit, available)
+        windows = job.texts.calibration[: len(statistics.final)]
+        limits = perplexity.limits_for(job.graph, windows, kv_format=job.kv_format, threads=job.threads)
+        measured = sensitivity.measure(
+            job.graph, job.original, found, windows, statistics.final, packer, plan, trials, key, job.report, limits
+        )
+    losses = sensitivity.estimate(found, measured, errors)
+    costs = [cost.costs(t, objective, times) for t in found]
+    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found]), times
+
+
+def text_sizes(job: Job, trials: Trials) -> dict[str, float]:
+    """Tokens to search and to prove on: more where the model is quick, for a narrower interval."""
+    each = seconds_per_token(job, trials)
+    return {"search": min(max(5 / each, 8192), 32768), "final": min(max(16 / each, 16384), 98304)}
+
+
+def refine(
+    job: Job, space: Space, packer: Packer, windows: list[Int32], slices: Sequence[list[Int32]], trials: Trials
+) -> Refiner:
+    """Candidates measured on the search's text."""
+    key = [job.key, texts.digest(windows), texts.digest(job.texts.calibration)]
+    judge = Judge(job.graph, job.original, windows, job.budget, job.threads, trials, key, job.report)
+    final_tokens = sum(len(w) for w in slices[0])
+    refiner = Refiner(space, judge, packer.model, job.budget, final_tokens, [])
+    with job.stage("search"):
+        refiner.uniforms()
+        refiner.search()
+    return refiner
+
+
+def write(
+    job: Job,
+    packer: Packer,
+    proof: Proof,
+    chosen: Tried,
+    refiner: Refiner,
+    times: dict[Site, float],
+    staging: Path,
+) -> dict[str, Any]:
+    """The artifact with its report, in `staging`; returns the report's document."""
+    shutil.rmtree(staging, ignore_errors=True)
+    weights = packer.model(chosen.choices)
+    before, after = proof.final[chosen.name]
+    measurements = {"budget": str(job.budget), **proof.attempts[-1].figures}
+    with job.stage("writing"):
+        checkpoint.write_artifact(staging, job.model, weights, document.recipe(chosen.choices), measurements)
+        verify(job, staging, weights)
+    with job.stage("memory"):
+        peaks = peak_memory(job, staging)
+    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)))
+    report.write(staging, made, chosen.choices)
+    return made
+
+
+def verify(job: Job, staging: Path, weights: Any) -> None:
+    """What was written must speak like what was measured: the same log-probabilities, bit for bit."""
+    windows = [job.texts.search[0][:256]]
+    loaded = checkpoint.open(str(staging)).at_context(job.graph.context)
+    pair = [
+        perplexity.measure(graph, own, windows, threads=job.threads).logprobs[0]
+        for graph, own in ((job.graph, weights), (loaded.graph, loaded.weights()))
+    ]
+    if not np.array_equal(pair[0], pair[1]):
+        raise CheckpointError("the artifact read back differs from what was measured", "please report this fault")
+
+
+def peak_memory(job: Job, staging: Path) -> tuple[int | None, int | None]:
+    """Of original and artifact, each served in a process of its own."""
+    prompt, new = speed.lengths(job.graph)
+    found: list[int | None] = []
+    for done, source in enumerate((job.settings.model, str(staging))):
+        job.report("measuring memory", done, 2)
+        try:
+            found.append(peak.peak_memory(source, prompt=prompt, new=min(new, 8), threads=job.threads))
+        except BackendError as error:
+            job.say(error.message)
+            found.append(None)
+    return found[0], found[1]
+
+
+def place(staging: Path, output: Path) -> None:
+    """Into its place in one step."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(staging, output)
+    except OSError as error:
+        raise OutputError(f"cannot put the artifact at {output}: {error.strerror}", f"it lies at {staging}") from None
+
+
+def size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.iterdir())

@@ -1,0 +1,129 @@
+"""What a matrix costs in each format: time with the real kernels at the objective's shapes, or bytes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from hasten import formats
+from hasten.backends import feed, native
+from hasten.backends.batch import Batch, Limits, Program
+from hasten.bench import machine
+from hasten.compress.recipe import Choice
+from hasten.formats import Weight
+from hasten.graph.graph import Graph, GraphBuilder
+from hasten.graph.ops import Input, Linear
+from hasten.search.candidates import Tensor, nbytes
+from hasten.search.trials import Json, Trials
+
+Report = Callable[[str, int, int], None]
+OBJECTIVES = {"decode": 1, "prefill": 512, "memory": 0}
+"""Tokens that a step holds: what the objective's matrices are multiplied by."""
+SECONDS = 0.05
+MOST_COPIES = 48
+
+
+@dataclass(frozen=True)
+class Site:
+    """One thing to time: a matrix of `shape` in `format`, at `tokens` tokens."""
+
+    shape: tuple[int, int]
+    format: str
+    tokens: int
+
+
+def sites(tensors: Sequence[Tensor], objective: str) -> dict[Site, int]:
+    """What must be timed, and how many matrices of the model each stands for."""
+    found: dict[Site, int] = {}
+    for tensor in tensors:
+        for choice in tensor.choices:
+            if tensor.linears and objective != "memory":
+                site = site_of(tensor, choice, objective)
+                found[site] = found.get(site, 0) + 1
+    return found
+
+
+def site_of(tensor: Tensor, choice: Choice, objective: str) -> Site:
+    """The head is multiplied for a prompt's last token only."""
+    name = tensor.format if choice.is_original else choice.format
+    return Site(tensor.shape, name, 1 if tensor.at_rows else OBJECTIVES[objective])
+
+
+def measure(
+    tensors: Sequence[Tensor], objective: str, threads: int, trials: Trials, key: Json, report: Report
+) -> dict[Site, float]:
+    """Seconds for one multiplication at every site."""
+    wanted = sites(tensors, objective)
+    cache = machine.last_level_cache()
+    smallest = sum(min(nbytes(t, c) for c in t.choices) for t in tensors)
+    found = {}
+    for done, site in enumerate(wanted):
+        report("timing kernels", done, len(wanted))
+        # A model that fits the cache finds its weights there; any other finds them in memory.
+        cold = 0 if smallest < cache // 2 else 2 * cache
+        facts = [key, list(site.shape), site.format, site.tokens, threads, cold]
+        found[site] = float(trials.measure("cost", facts, partial(seconds, site, cold, threads)))
+    report("timing kernels", len(wanted), len(wanted))
+    return found
+
+
+def costs(tensor: Tensor, objective: str, times: dict[Site, float]) -> list[float]:
+    """The cost of each of the tensor's choices: seconds a step, or bytes."""
+    if objective == "memory":
+        return [float(nbytes(tensor, c)) for c in tensor.choices]
+    return [tensor.linears * times[site_of(tensor, c, objective)] if tensor.linears else 0.0 for c in tensor.choices]
+
+
+def seconds(site: Site, cold_bytes: int, threads: int = 0) -> float:
+    """Time of one multiplication, among `copies` with weights of their own, more than `cold_bytes` of them together.
+
+    The time of a step with few copies is taken off one with many, so what a step costs beyond its matrices is no part.
+    """
+    each = formats.get(site.format).nbytes(*site.shape)
+    copies = min(MOST_COPIES, max(cold_bytes // each + 1, 8 if site.tokens == 1 else 3))
+    few = 1 if copies < 8 else copies // 8
+    programs = {count: _program(site, count, threads) for count in (few, copies)}
+    batch = _batch(site)
+    times = {count: _time(program, batch) for count, program in programs.items()}
+    slope = (times[copies] - times[few]) / (copies - few)
+    return slope if slope > 0 else times[copies] / copies
+
+
+def _program(site: Site, copies: int, threads: int) -> Program:
+    rows, columns = site.shape
+    builder = GraphBuilder(context=max(site.tokens, 32), vocabulary=rows, hidden=columns)
+    names = [builder.weight(f"w{i}", rows, columns) for i in range(copies)]
+    builder.add(Input(columns), "x")
+    for name in names:
+        builder.add(Linear(), f"y.{name}", "x", weights=(name,))
+    graph: Graph = builder.finish(f"y.{names[-1]}")
+    format = formats.get(site.format)
+    one = format.random(rows, columns, 0)
+    weights = {name: Weight(format, one.shape, {k: a.copy() for k, a in one.arrays.items()}) for name in names}
+    limits: Limits = feed.window_limits(max(site.tokens, 32), max(site.tokens, 1), threads=threads)
+    return native.compile(graph, weights, limits)
+
+
+def _batch(site: Site) -> Batch:
+    tokens = np.zeros(site.tokens, np.int32)
+    limits = feed.window_limits(max(site.tokens, 32), site.tokens)
+    ((_, _, batch),) = feed.windows([tokens], limits)
+    batch.hidden = np.random.default_rng(0).normal(size=(site.tokens, site.shape[1])).astype(np.float32)
+    return batch
+
+
+def _time(program: Program, batch: Batch) -> float:
+    """The median of the faster half of steps: what disturbs a step only ever adds to it."""
+    program.step(batch)
+    times: list[float] = []
+    stop = time.perf_counter() + SECONDS
+    while len(times) < 5 or (time.perf_counter() < stop and len(times) < 500):
+        start = time.perf_counter()
+        program.step(batch)
+        times.append(time.perf_counter() - start)
+    return statistics.median(sorted(times)[: (len(times) + 1) // 2])

@@ -1,0 +1,201 @@
+"""What a search works on: settings checked, the model opened, texts cut, memory and disk foreseen."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hasten import _native, checkpoint
+from hasten.bench import machine
+from hasten.bench.machine import Machine
+from hasten.checkpoint import Model
+from hasten.compress.calibrate import Weights
+from hasten.engine import memory
+from hasten.engine.llm import DEFAULT_CONTEXT
+from hasten.errors import InputError, MemoryLimitError, OutputError
+from hasten.evaluate import perplexity
+from hasten.graph.graph import Graph
+from hasten.search import budget as budgets
+from hasten.search import texts
+from hasten.search.budget import Budget
+from hasten.search.cost import OBJECTIVES
+from hasten.search.texts import Texts
+from hasten.search.trials import Json
+
+Report = Callable[[str, int, int], None]
+Note = Callable[[str], None]
+VERSION = 2
+"""Of the measurements that a search keeps: older ones are not reused after what they mean has changed."""
+CONTENDERS = 3
+"""Candidates that are timed, and so held, at once."""
+LEAST_PACKED = 1 << 28
+"""Bytes of packed matrices worth keeping, whatever the memory."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    output: Path
+    budget: str = "ppl=1%"
+    calibration: Path | None = None
+    eval: Path | None = None
+    objective: str = "decode"
+    threads: int = 0
+    minutes: float = 10.0
+    """For measuring sensitivities, at most."""
+    keep_work: bool = False
+
+
+@dataclass
+class Job:
+    settings: Settings
+    budget: Budget
+    model: Model
+    graph: Graph
+    original: Weights
+    texts: Texts
+    machine: Machine
+    key: Json
+    """What every measurement of quality depends on: the model's files, its context, instruction set and kernels."""
+    kernels: Json
+    """What every time depends on: processor, instruction set and the native module's build."""
+    packed: int
+    """Bytes of packed matrices that may be kept."""
+    report: Report
+    note: Note
+    threads: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Tell the user now, and in the report."""
+        self.notes.append(text)
+        self.note(text)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    @property
+    def kv_format(self) -> str:
+        """Of the cache that the original is served with."""
+        return memory.kv_format(self.model.formats.values())
+
+
+def work_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".work")
+
+
+def prepare(settings: Settings, report: Report, note: Note) -> Job:
+    """Everything that can be wrong with the input is found here, before anything takes long."""
+    budget = budgets.parse(settings.budget)
+    if settings.objective not in OBJECTIVES:
+        raise InputError(f"unknown objective '{settings.objective}'", f"objectives: {', '.join(OBJECTIVES)}")
+    if not settings.minutes > 0:
+        raise InputError(f"minutes is {settings.minutes:g}, must be more than 0")
+    settings = replace(settings, output=checked(settings.output))
+    model = checkpoint.open(settings.model)
+    model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it
+    chosen = texts.choose(
+        model.tokenizer, model.graph.context, settings.calibration, settings.eval, settings.model == "demo"
+    )
+    here = machine.describe()
+    packed = check_room(model, chosen, settings.output, here)
+    original = model.weights(report)
+    build = native_build()
+    key = [VERSION, fingerprint(model.path), model.graph.context, here.instruction_set, build]
+    job = Job(
+        settings,
+        budget,
+        model,
+        model.graph,
+        original,
+        chosen,
+        here,
+        key,
+        [here.cpu, here.instruction_set, build],
+        packed,
+        report,
+        note,
+        settings.threads or here.cores,
+    )
+    for text in chosen.notes:
+        job.say(text)
+    return job
+
+
+def checked(output: Path) -> Path:
+    """The output as an absolute path with a name; the work folder lies beside it, and it is renamed into place."""
+    output = Path(os.path.abspath(output))
+    if not output.name or output.resolve() == Path.cwd():
+        where = "the current directory" if output.name else "the root directory"
+        raise OutputError(f"{output} is {where}, which cannot be replaced", "name a new directory")
+    checkpoint.check_output(output)
+    return output
+
+
+def calibration_tokens(graph: Graph) -> int:
+    parameters = graph.parameters()
+    return 16384 if parameters < 5e7 else 8192 if parameters < 5e8 else 4096
+
+
+def native_build() -> str:
+    """A hash of the native module."""
+    with Path(_native.__file__).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_room(model: Model, chosen: Texts, output: Path, here: Machine) -> int:
+    """Raises where memory or disk will not do; returns how many bytes of packed matrices may be kept.
+
+    Memory: the model, the contenders beside it (at most a byte a parameter) with a cache and buffers each, a matrix in
+    the making, the calibration's hidden states (before a block, after it, and while they are put together), and what
+    the packer keeps.
+    """
+    graph = model.graph
+    parameters = graph.parameters()
+    largest = max(s.shape[0] * s.shape[1] for s in graph.matrices())
+    one = perplexity.predict([(graph, model.formats)], [*chosen.search, *chosen.final])
+    hidden = 3 * 4 * calibration_tokens(graph) * graph.hidden
+    needed = one.weights + CONTENDERS * parameters + (1 + CONTENDERS) * (one.kv_cache + one.buffers)
+    needed += 4 * 6 * largest + hidden + (256 << 20)
+    spare = max(here.memory_available - needed, 0)
+    packed = max(min(LEAST_PACKED, 4 * parameters), min(here.memory_available // 4, spare))
+    needed += min(LEAST_PACKED, 4 * parameters)
+    if here.memory_available and needed > here.memory_available:
+        raise MemoryLimitError(
+            f"accelerating this model takes about {needed / 1e9:.1f} GB of memory, "
+            f"{here.memory_available / 1e9:.1f} GB are available",
+            "use a smaller model or a larger machine",
+        )
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free, wanted = shutil.disk_usage(parent).free, parameters * 5 // 8 + (16 << 20)
+    if free < wanted:
+        raise OutputError(
+            f"the artifact may take {wanted / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB left", "free some space"
+        )
+    return packed
+
+
+def fingerprint(path: Path) -> str:
+    """Of a model's directory: its config, and name, size and time of every file with weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "hasten.json", "tokenizer.json"):
+        if (path / name).is_file():
+            digest.update((path / name).read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]

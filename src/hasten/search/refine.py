@@ -1,0 +1,151 @@
+"""Finds the cheapest whole candidates that keep the budget on the search's text.
+
+Losses of parts do not add up to the whole's, so their sum is only a guide: a candidate is allocated under an allowance,
+measured whole, and the allowance moved until the measured loss comes close to the budget from below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from hasten.compress.calibrate import Weights
+from hasten.compress.recipe import Choice
+from hasten.errors import BudgetError
+from hasten.search.allocate import allocate
+from hasten.search.budget import Budget
+from hasten.search.candidates import Tensor, nbytes
+from hasten.search.quality import Judge, Reading
+
+Choices = dict[str, Choice]
+ROUNDS = 6
+CLOSE = 0.08
+"""A candidate whose careful reading comes this near to the budget, relative to it, is near enough."""
+UNIFORM = ("int8-g64", "int4-g64")
+"""Formats tried on every matrix at once: what a recipe by hand would do, for comparison and as a candidate."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A whole candidate, measured. `allowance`: the sum of losses that it was allocated under, nats."""
+
+    name: str
+    choices: Choices
+    allowance: float | None
+    reading: Reading
+    cost: float
+    bytes: int
+    fits: bool
+    """Will likely be proven within the budget."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What there is to choose from: for each tensor its choices' costs and losses."""
+
+    tensors: Sequence[Tensor]
+    costs: Sequence[Sequence[float]]
+    losses: Sequence[Sequence[float]]
+
+    def allocate(self, allowance: float) -> Choices:
+        """The cheapest choices with losses within `allowance`. Raises BudgetError where there are none."""
+        picks = allocate(self.costs, self.losses, allowance)
+        return {t.name: t.choices[c] for t, c in zip(self.tensors, picks, strict=True)}
+
+    def uniform(self, format: str) -> Choices:
+        """One format for every matrix that something multiplies by, where it has that choice."""
+        chosen = {}
+        for tensor in self.tensors:
+            own = [c for c in tensor.choices if c.format == format and tensor.linears]
+            chosen[tensor.name] = own[0] if own else tensor.choices[0]
+        return chosen
+
+    def cost(self, choices: Mapping[str, Choice]) -> float:
+        rows = zip(self.tensors, self.costs, strict=True)
+        return sum(row[t.choices.index(choices[t.name])] for t, row in rows)
+
+    def bytes(self, choices: Mapping[str, Choice]) -> int:
+        return sum(nbytes(t, choices[t.name]) for t in self.tensors)
+
+
+def facts(choices: Mapping[str, Choice]) -> dict[str, list[str]]:
+    """Choices as JSON."""
+    return {name: list(asdict(choice).values()) for name, choice in choices.items()}
+
+
+@dataclass
+class Refiner:
+    """Allocates and measures candidates; remembers them in `tried`."""
+
+    space: Space
+    judge: Judge
+    model: Callable[[Choices], Weights]
+    budget: Budget
+    final_tokens: int
+    """Of the text on which the chosen one must be proven."""
+    tried: list[Tried]
+
+    def uniforms(self) -> None:
+        for format in UNIFORM:
+            choices = self.space.uniform(format)
+            if not all(c.is_original for c in choices.values()):
+                self.measure(f"{format} everywhere", choices, None)
+
+    def search(self) -> None:
+        """Moves the allowance towards the largest that still fits."""
+        allowance = 0.7 * self.budget.nats
+        fits: tuple[float, float] | None = None  # (allowance, careful reading) of the most daring that fits
+        fails: tuple[float, float] | None = None  # and of the most careful that does not
+        for number in range(1, ROUNDS + 1):
+            one = self.allocated(f"candidate {number}", allowance)
+            if one is None:
+                return
+            careful = one.reading.careful(self.final_tokens)
+            if one.fits:
+                fits = (allowance, careful)
+            else:
+                fails = (allowance, careful)
+            if one.fits and careful > (1 - CLOSE) * self.budget.limit:
+                return
+            if fits and fails and fails[0] < 1.1 * fits[0]:
+                return
+            allowance = next_allowance(fits, fails, self.budget.limit)
+
+    def allocated(self, name: str, allowance: float) -> Tried | None:
+        """The candidate under an allowance; None where it would leave the model as it is."""
+        try:
+            choices = self.space.allocate(allowance)
+        except BudgetError:
+            return None
+        if all(c.is_original for c in choices.values()):
+            return None
+        return self.measure(name, choices, allowance)
+
+    def measure(self, name: str, choices: Choices, allowance: float | None) -> Tried:
+        same = next((t for t in self.tried if t.choices == choices), None)
+        reading = same.reading if same else self.judge.read(name, facts(choices), lambda: self.model(choices))
+        one = Tried(
+            name,
+            choices,
+            allowance,
+            reading,
+            self.space.cost(choices),
+            self.space.bytes(choices),
+            reading.careful(self.final_tokens) <= self.budget.limit,
+        )
+        if same is None:
+            self.tried.append(one)
+        return one
+
+
+def next_allowance(fits: tuple[float, float] | None, fails: tuple[float, float] | None, limit: float) -> float:
+    """Where to look next: in proportion to begin with; once a fit and a failure are known, between them."""
+    if fits and fails:
+        share = (limit - fits[1]) / (fails[1] - fits[1]) if fails[1] > fits[1] else 0.5
+        low, high = math.log(fits[0]), math.log(fails[0])
+        return math.exp(low + (high - low) * min(max(share, 0.15), 0.85))
+    known = fits or fails
+    assert known is not None
+    step = limit / known[1] if known[1] > 0 else 4.0
+    return known[0] * (min(max(step, 1.15), 4.0) if fits else min(max(step, 0.2), 0.85))

@@ -1,0 +1,50 @@
+"""What the engine itself costs a step: planning, arrays, bookkeeping, without model and tokenizer."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from hasten.backends.batch import Batch, Limits, Sampled, SamplingBatch
+from hasten.engine.engine import Engine
+from hasten.engine.request import SamplingParams
+
+
+class Outputs:
+    def sample(self, sampling: SamplingBatch) -> Sampled:
+        rows = len(sampling.position)
+        none = np.zeros((rows, 0))
+        return Sampled(
+            np.full(rows, 3, np.int32), np.zeros(rows, np.float32), none.astype(np.int32), none.astype(np.float32)
+        )
+
+
+class Nothing:
+    """A program that computes nothing, at once."""
+
+    limits = Limits(context=4096, kv_blocks=16 * 128)
+
+    def step(self, batch: Batch) -> Outputs:
+        return Outputs()
+
+    def memory(self) -> dict[str, int]:
+        return {}
+
+
+@pytest.mark.parametrize(("sequences", "microseconds"), [(1, 50), (16, 75)])
+def test_a_step_of_the_engine_costs_little(sequences: int, microseconds: float) -> None:
+    engine = Engine(Nothing(), vocabulary=100)  # type: ignore[arg-type]
+    for i in range(sequences):
+        engine.add(list(range(1, 20 + i)), SamplingParams(max_tokens=2000, ignore_eos=True))
+    for _ in range(5):
+        engine.step()
+    best = np.inf
+    for _ in range(30):  # CPU time, and the least disturbed of many: the machine may be busy
+        started = time.process_time_ns()
+        for _ in range(50):
+            engine.step()
+        best = min(best, (time.process_time_ns() - started) / 50 / 1000)
+    assert len(engine.scheduler.running) == sequences
+    assert best < microseconds

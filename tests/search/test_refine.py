@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from hasten.bench.latency import Times
+from hasten.compress.recipe import KEEP, Choice
+from hasten.search import speed
+from hasten.search.budget import parse
+from hasten.search.candidates import Tensor
+from hasten.search.quality import Reading, ratio_reading
+from hasten.search.refine import ROUNDS, Refiner, Space, next_allowance
+
+SMALL, LARGE = Choice("int4-g64", "clip"), Choice("int8-g64", "clip")
+
+
+def space(count: int = 12, seed: int = 0) -> Space:
+    rng = np.random.default_rng(seed)
+    tensors = [Tensor(f"b.{i}.w", (64, 64), "f32", i, 1, 0, False, (KEEP, LARGE, SMALL)) for i in range(count)]
+    losses = [[0.0, float(v) / 50, float(v)] for v in rng.lognormal(-7, 1, count)]
+    return Space(tensors, [[4.0, 2.0, 1.0]] * count, losses)
+
+
+class Judge:
+    """A world in which the whole's loss is `factor` times its parts' sum to a power, known within `spread`."""
+
+    def __init__(self, space: Space, factor: float, power: float = 1.0, spread: float = 0.0) -> None:
+        self.space, self.factor, self.power, self.spread, self.calls = space, factor, power, spread, 0
+
+    def read(self, name, facts, weights) -> Reading:
+        self.calls += 1
+        total = sum(
+            row[t.choices.index(Choice(*facts[t.name]))]
+            for t, row in zip(self.space.tensors, self.space.losses, strict=True)
+        )
+        loss = self.factor * total**self.power
+        return Reading(loss, loss - self.spread, loss + self.spread, 10_000)
+
+
+@pytest.mark.parametrize(("factor", "power"), [(1.0, 1.0), (0.2, 1.0), (6.0, 1.0), (30.0, 1.5), (0.3, 0.7)])
+def test_comes_near_the_budget_from_below(factor: float, power: float) -> None:
+    world = space()
+    judge = Judge(world, factor, power)
+    refiner = Refiner(world, judge, lambda choices: {}, parse("ppl=1%"), 40_000, [])
+    refiner.search()
+    fitting = [t for t in refiner.tried if t.fits]
+    assert judge.calls <= ROUNDS
+    assert all(t.reading.estimate <= 0.01 for t in fitting)
+    # Nothing that a finer sweep of allowances finds within the budget is much cheaper.
+    sweep = [world.allocate(a) for a in np.geomspace(1e-5, 1.0, 150)]
+    within = [c for c in sweep if judge.read("", {n: [k.format, k.method] for n, k in c.items()}, None).high <= 0.01]
+    best = min(world.cost(c) for c in within)
+    assert min(t.cost for t in fitting) <= 1.12 * best
+
+
+def test_uniform_candidates_keep_what_is_only_looked_up() -> None:
+    world = space(2)
+    table = Tensor("embed", (64, 64), "f32", -1, 0, 1, False, (KEEP, LARGE, SMALL))
+    world = Space([*world.tensors, table], [*world.costs, [0.0] * 3], [*world.losses, [0.0, 0.1, 0.2]])
+    assert world.uniform("int4-g64") == {"b.0.w": SMALL, "b.1.w": SMALL, "embed": KEEP}
+
+
+def test_careful_is_what_nineteen_of_twenty_proofs_stay_below() -> None:
+    """Simulated: a loss measured on one text, then its upper bound on another of four times the length."""
+    rng = np.random.default_rng(0)
+    truth, error = 0.005, 0.001
+    below = 0
+    for _ in range(4000):
+        first = truth + rng.normal() * error
+        reading = Reading(first, first - 1.96 * error, first + 1.96 * error, 10_000)
+        second = truth + rng.normal() * error / 2
+        below += second + 1.96 * error / 2 <= reading.careful(40_000)
+    assert below / 4000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_next_allowance_stays_between_what_is_known() -> None:
+    assert 0.01 < next_allowance((0.01, 0.005), (0.02, 0.015), 0.01) < 0.02
+    assert next_allowance((0.01, 0.005), None, 0.01) == pytest.approx(0.02)
+    assert next_allowance((0.01, -0.001), None, 0.01) == pytest.approx(0.04)
+    assert next_allowance(None, (0.01, 0.02), 0.01) == pytest.approx(0.005)
+    assert next_allowance(None, (0.01, 1e6), 0.01) == pytest.approx(0.002)
+
+
+def test_ratio_reading_is_the_paired_ratio() -> None:
+    rng = np.random.default_rng(0)
+    original = [rng.normal(-3, 2, n).astype(np.float32) for n in (700, 900, 1400)]
+    candidate = [w - 0.01 + rng.normal(0, 0.05, len(w)).astype(np.float32) for w in original]
+    found = ratio_reading(original, candidate)
+    difference = np.concatenate(original).astype(np.float64) - np.concatenate(candidate)
+    assert found.estimate == pytest.approx(math.exp(difference.mean()) - 1)
+    # Independent draws here, so the textbook's interval of a mean holds.
+    error = difference.std() / math.sqrt(len(difference))
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.25)
+    assert found.tokens == 3000
+
+
+def test_gain_holds_only_where_it_is_sure() -> None:
+    rng = np.random.default_rng(0)
+    noise = [Times(1.0, float(x), 1.0) for x in rng.normal(1.0, 0.05, 9)]
+    same = [Times(1.0, float(x), 1.0) for x in rng.normal(1.0, 0.05, 9)]
+    faster = [Times(2.0, float(x), 1.0) for x in rng.normal(0.5, 0.02, 9)]
+    assert not speed.gain(noise, same, "decode").holds
+    found = speed.gain(noise, faster, "decode")
+    assert found.holds
+    assert found.low < found.estimate < found.high
+    assert found.estimate == pytest.approx(2.0, rel=0.1)
+    assert speed.gain(noise, faster, "prefill").estimate == 0.5
