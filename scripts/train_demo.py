@@ -1,9 +1,12 @@
 """Train the demo model that ships with hasten: a small Llama-style model of Python source.
 
     python scripts/train_demo.py --work build/demo --minutes 100      # resumes where it stopped
+    python scripts/train_demo.py --work build/demo --init src/hasten/demo    # goes on from shipped weights
     python scripts/train_demo.py --work build/demo --export src/hasten/demo
 
 Text: the running Python's standard library and the permissively licensed packages found installed.
+Several processes share a step when started by `torchrun --nproc-per-node N scripts/train_demo.py ...`; one thread
+each (OMP_NUM_THREADS=1) beats one process of N threads wherever the cores do other work too.
 Splits are by file (`src/hasten/demo/splits.json` names the held-out modules); a file is dropped when its lines
 mostly repeat held-out or earlier text, because packages vendor copies of the standard library.
 Needs torch, transformers and tokenizers (`pip install hasten[train]`).
@@ -72,11 +75,13 @@ def shingles(text: str) -> set[int]:
 
 
 def collect(extra: list[Path], limit: int) -> tuple[list[str], list[str], dict[str, object]]:
+    """Texts to train on, held-out texts, and facts; the standard library, the cleanest text at hand, counts twice."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     splits = json.loads(SPLITS.read_text())
     names = [n for split in ("calibration", "search", "final") for n in splits[split]]
     held = [(stdlib / n).read_text() for n in names if (stdlib / n).exists()]
-    seen: set[int] = set().union(*(shingles(t) for t in held))
+    held_shingles = [shingles(t) for t in held]
+    seen: set[int] = set().union(*held_shingles)
     held_paths = {(stdlib / n).resolve() for n in names}
     train, origins, dropped, per_origin = [], {}, 0, {}
     for origin, path in source_files(extra):
@@ -95,17 +100,19 @@ def collect(extra: list[Path], limit: int) -> tuple[list[str], list[str], dict[s
         if per_origin.get(origin, 0) > limit:
             continue
         own = shingles(text)
-        if not own or len(own & seen) > 0.2 * len(own):
+        # Both ways: a long file may hold a short held-out module whole and still be mostly its own.
+        copies = any(len(own & h) > 0.05 * len(h) for h in held_shingles)
+        if not own or copies or len(own & seen) > 0.2 * len(own):
             dropped += 1
             continue
         seen |= own
-        train.append(text)
+        train += [text] * (2 if origin == "stdlib" else 1)
         per_origin[origin] = per_origin.get(origin, 0) + len(text)
     origins = dict(sorted(per_origin.items(), key=lambda item: -item[1]))
     return train, held, {"characters": origins, "near_duplicates_dropped": dropped, "held_out": names}
 
 
-def make_tokenizer(texts: list[str], path: Path):
+def make_tokenizer(texts: list[str], path: Path) -> None:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -124,17 +131,21 @@ def make_tokenizer(texts: list[str], path: Path):
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(path))
-    return tokenizer
 
 
-def prepare(work: Path, extra: list[Path], limit: int) -> None:
+def prepare(work: Path, extra: list[Path], limit: int, start: Path | None) -> None:
     """Write tokenizer.json, train.npy and held.npy (uint16 token streams, documents ended by END)."""
     from tokenizers import Tokenizer
 
     train, held, facts = collect(extra, limit)
     random.Random(0).shuffle(train)
-    tokenizer = make_tokenizer(train, work / "tokenizer.json")
-    assert isinstance(tokenizer, Tokenizer)
+    if start:  # the weights know this tokenizer only
+        (work / "tokenizer.json").write_bytes((start / "tokenizer.json").read_bytes())
+        earlier = json.loads((start / "training.json").read_text())
+        facts["earlier_tokens"] = earlier["tokens"] + earlier.get("earlier_tokens", 0)
+    else:
+        make_tokenizer(train, work / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
     end = tokenizer.token_to_id(END)
     for name, texts in (("train", train), ("held", held)):
         stream: list[int] = []
@@ -234,10 +245,18 @@ def held_out_perplexity(model, stream: np.ndarray, autocast, tokens: int, device
     return math.exp(total / count)
 
 
-def train(work: Path, minutes: float, batch: int, device: str, peak: float) -> None:
+def train(work: Path, minutes: float, batch: int, device: str, peak: float, start: Path | None) -> None:
     """Warm up, hold, decay: by wall-clock share of `minutes`, so that any machine ends with a finished model."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
     train_stream, held_stream = np.load(work / "train.npy"), np.load(work / "held.npy")
     model = make_model().to(device)
+    if start:
+        from safetensors.torch import load_file
+
+        missing, unexpected = model.load_state_dict(load_file(start / "model.safetensors"), strict=False)
+        assert missing == ["lm_head.weight"] and not unexpected  # the head is tied
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
     optimizers = [
@@ -272,7 +291,13 @@ def train(work: Path, minutes: float, batch: int, device: str, peak: float) -> N
         os.replace(temporary, checkpoint)
 
     last_save, mean, begun = time.monotonic(), None, time.monotonic()
-    while elapsed < minutes * 60:
+    while True:
+        if world > 1:  # the schedule hangs on the clock: one process's
+            clock = torch.tensor(elapsed, dtype=torch.float64)
+            torch.distributed.broadcast(clock, 0)
+            elapsed = clock.item()
+        if elapsed >= minutes * 60:
+            break
         progress = elapsed / (minutes * 60)
         # The optimiser's own warm-up is by steps (its averages need them); the decay is by time.
         scale = min(1.0, (step + 1) / 100) * min(1.0, max(0.02, (1 - progress) / 0.4))
@@ -280,13 +305,19 @@ def train(work: Path, minutes: float, batch: int, device: str, peak: float) -> N
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
         length = CONTEXT if progress > 0.5 else CONTEXT // 2
-        rows = batch * CONTEXT // length
+        rows = batch * CONTEXT // length // world
         # Keyed by progress through tokens: both lengths draw from the same epoch order of their own.
-        x = batches(train_stream, rows, length, step).to(device)
+        x = batches(train_stream, rows, length, step * world + rank).to(device)
         with autocast():
             logits = model(input_ids=x[:, :-1]).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
         loss.backward()
+        if world > 1:
+            flat = torch.cat([p.grad.flatten() for p in model.parameters()]) / world
+            torch.distributed.all_reduce(flat)
+            sizes = [p.numel() for p in model.parameters()]
+            for p, piece in zip(model.parameters(), flat.split(sizes), strict=True):
+                p.grad = piece.view_as(p)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -295,22 +326,24 @@ def train(work: Path, minutes: float, batch: int, device: str, peak: float) -> N
         now = time.monotonic()
         elapsed, begun = elapsed + now - begun, now
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        if step % 20 == 0:
+        if step % 20 == 0 and rank == 0:
             tokens = step * batch * CONTEXT
             print(
                 f"step {step} loss {mean:.4f} lr {peak * scale:.5f} {elapsed / 60:.1f} min "
                 f"{tokens / 1e6:.2f}M tokens ({tokens / len(train_stream):.2f} epochs)",
                 flush=True,
             )
-        if now - last_save > 180:
+        if rank == 0 and now - last_save > 180:
             save()
             last_save = now
-        if step % 400 == 0:
+        if step % 400 == 0 and rank == 0:
             print(
                 f"held-out perplexity {held_out_perplexity(model, held_stream, autocast, 65536, device):.3f}",
                 flush=True,
             )
             begun = time.monotonic()
+    if rank:
+        return
     save()
     final = held_out_perplexity(model, held_stream, autocast, len(held_stream), device)
     (work / "result.json").write_text(
@@ -408,15 +441,25 @@ def main() -> None:
         "--packages", type=Path, nargs="*", default=[], help="site-packages folders to read (default: this one)"
     )
     parser.add_argument("--per-package", type=int, default=12_000_000, help="characters taken from one package at most")
+    parser.add_argument("--init", type=Path, help="a folder of shipped files to go on from (default: afresh)")
     parser.add_argument("--export", type=Path, help="write the shipped files here and stop")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.export:
         export(arguments.work, arguments.export)
         return
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not (arguments.work / "data.json").exists():
+        sys.exit("prepare the data first: run once with one process and --minutes 0")
     if not (arguments.work / "data.json").exists():
-        prepare(arguments.work, arguments.packages, arguments.per_package)
-    train(arguments.work, arguments.minutes, arguments.batch, arguments.device, arguments.learning_rate)
+        prepare(arguments.work, arguments.packages, arguments.per_package, arguments.init)
+    train(
+        arguments.work,
+        arguments.minutes,
+        arguments.batch,
+        arguments.device,
+        arguments.learning_rate,
+        arguments.init,
+    )
 
 
 if __name__ == "__main__":
