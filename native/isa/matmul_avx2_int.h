@@ -14,17 +14,21 @@ inline __m256i nibbles(__m256i both, bool high) {
 
 // Sources: `load(block, half, lane)` gives columns [4 lane, 4 lane + 4) of rows [8 half, 8 half + 8), lane 0..7 of a block,
 // as the kernel takes them; kBlock is a block's bytes. kAhead: how far ahead of them to fetch.
+// Without AVX-VNNI they say how far their bytes are from overflow; with it all are bytes, and int8 stays unsigned.
+constexpr Dot without_vnni(Dot dot) { return kVnni ? Dot::bytes : dot; }
+
 struct Int8Source {
-  static constexpr Dot kDot = Dot::sign;
+  static constexpr Dot kDot = without_vnni(Dot::sign);
   static constexpr int64_t kBlock = 512, kAhead = 1024;
   explicit Int8Source(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
-    return _mm256_xor_si256(load32(p + lane * 64 + half * 32), _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i codes = load32(p + lane * 64 + half * 32);
+    return kVnni ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
   }
 };
 
 struct Int4Source {
-  static constexpr Dot kDot = Dot::four_bits;
+  static constexpr Dot kDot = without_vnni(Dot::four_bits);
   static constexpr int64_t kBlock = 256, kAhead = 1024;
   explicit Int4Source(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
@@ -33,7 +37,7 @@ struct Int4Source {
 };
 
 struct CodebookSource {
-  static constexpr Dot kDot = Dot::seven_bits;
+  static constexpr Dot kDot = without_vnni(Dot::seven_bits);
   static constexpr int64_t kBlock = 256, kAhead = 1024;
   const __m256i table;
   explicit CodebookSource(const Weight& w)
