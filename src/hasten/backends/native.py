@@ -28,8 +28,8 @@ def compile(
 
     `weights` has a packed Weight for every matrix and a float32 array for every vector; none is copied, all are kept
     alive. `keep` names values that stay readable through `Outputs.value`. `isa` forces an instruction set ("": the
-    best, or what HASTEN_ISA says). `tune`: its first steps find out how work is best cut here, unless that is remembered;
-    the bits are the same. Raises ContextError where limits.context is longer than the graph's,
+    best, or what HASTEN_ISA says). `tune`: its first steps find out how work is best cut here, unless an earlier
+    process did; the bits are the same. Raises ContextError where limits.context is longer than the graph's,
     MemoryLimitError where the buffers cannot be had, BackendError for all else that does not fit.
     """
     keep = tuple(keep)
