@@ -47,7 +47,7 @@ STEPS = (
     Step(begin=230, computed=410, drawn=440, span=Span(((1, 1),), 1)),
 )
 REGIONS = [region("a", 0, "[1 -> 2]", "f32"), region("b", 0), region("a", 1, "[1 -> 3]", "f32")]
-NEEDS = {"a0": Need(bytes=5), "b0": Need(bytes=2, int_macs=10, float_macs=4), "a1": Need(bytes=9, int_macs=1)}
+NEEDS = {"a0": Need(bytes=5), "b0": Need(bytes=2, int_macs=10, float_macs=4), "a1": Need(bytes=9, int_macs=12)}
 
 
 class NeedsByHand:
@@ -98,8 +98,8 @@ def test_a_kind_is_the_sum_of_its_regions() -> None:
     assert nanoseconds(a.seconds) == pytest.approx(50)
     assert a.share_of_time == pytest.approx(50 / 130)
     assert a.waiting == pytest.approx((5 + 10) / (2 * 50))
-    assert (a.bytes, a.int_macs, a.float_macs) == (14, 1, 0)
-    assert nanoseconds(a.limit_seconds) == pytest.approx(5 + 9)
+    assert (a.bytes, a.int_macs, a.float_macs) == (14, 12, 0)
+    assert nanoseconds(a.limit_seconds) == pytest.approx(5 + 12)  # each by what binds it
     assert (a.bound, b.bound, rows[ROPE].bound, rows[DRAW].bound) == ("bytes", "operations", "", "bytes")
     assert nanoseconds(b.limit_seconds) == pytest.approx(10 + 4 / 0.5)
     assert b.share_of_limit == pytest.approx(18 / 29)
