@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hasten import checkpoint, formats
+from hasten.bench import latency
 from hasten.bench.latency import Loaded, Progress, limits_for
 from hasten.engine import memory
 from hasten.engine.llm import DEFAULT_CONTEXT
@@ -31,6 +32,7 @@ def load(
     new: int,
     batch: int,
     threads: int = 0,
+    kv_format: str = "auto",
     progress: Progress | None = None,
 ) -> tuple[Loaded, dict[str, Any]]:
     """The model at `source` as it is served, with its weights; random ones of `format` (default: the model's dtype).
@@ -43,9 +45,11 @@ def load(
     name = format or model.dtype
     stored = {s.name: name for s in model.graph.matrices()} if random_weights else model.formats
     sizes = {"prompt": prompt, "new": new, "batch": batch, "threads": threads}
-    limits = limits_for(model.graph, kv_format=memory.kv_format(stored.values()), **sizes)
+    kv_format = memory.kv_format(stored.values()) if kv_format == "auto" else kv_format
+    limits = limits_for(model.graph, kv_format=kv_format, **sizes)
     taken = memory.weight_bytes(model.graph, stored)
     memory.require(memory.predict(model.graph, taken, limits, stored), memory.memory()[1])
     weights = checkpoint.random_weights(model.graph, name) if random_weights else model.weights(progress)
-    subject = Loaded(model.graph, weights, prompt=prompt, new=new, batch=batch, threads=threads)
-    return subject, weights
+    return latency.load(
+        model.graph, weights, [batch], prompt=prompt, new=new, threads=threads, kv_format=kv_format
+    ), weights

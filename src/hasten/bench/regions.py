@@ -25,7 +25,7 @@ class Need:
     int_macs: int = 0
     """Of quantised weights."""
     float_macs: int = 0
-    """Of all other weights, and of attention."""
+    """Of all other weights, and of attention; held, as in `work`, against the best instruction for bf16 weights."""
 
     def memory_seconds(self, limits: Limits) -> float:
         return self.bytes / (limits.memory_read_gbs * 1e9)
@@ -139,8 +139,8 @@ def kind_of(op: ops.Op, parts: list[str]) -> str:
 class Counter:
     """What each region of one program needs for a step."""
 
-    def __init__(self, graph: Graph, weights: Mapping[str, Any], kv_bytes: int) -> None:
-        """`kv_bytes`: of one number in the cache."""
+    def __init__(self, graph: Graph, weights: Mapping[str, Any], kv_bytes: float) -> None:
+        """`kv_bytes`: of one number in the cache, its share of a scale included."""
         self._graph, self._weights, self._kv_bytes = graph, weights, kv_bytes
         self._widths, self._selected = {**graph.widths(), TOKENS: 1}, graph.row_values()
 
@@ -173,7 +173,7 @@ class Counter:
         for first, last in span.positions:
             keys += last + 1 - max(0, first + 1 - (a.window or first + 1))
             pairs += scores(a, first, last)
-        cache = 2 * a.kv_heads * a.head_dim * keys * self._kv_bytes
+        cache = round(2 * a.kv_heads * a.head_dim * keys * self._kv_bytes)
         vectors = sum(self._weights[name].nbytes for name in node.weights)
         return Need(inputs + cache + vectors, 0, 2 * a.heads * a.head_dim * pairs)
 

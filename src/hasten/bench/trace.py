@@ -24,7 +24,7 @@ def chrome_trace(loops: Sequence[Loop], regions: Sequence[Region], name: str) ->
     threads = loops[0].recording.marks.shape[1]
     events = [_metadata("process_name", 0, name=name)]
     for thread in range(threads):
-        caller = ", which calls" if thread == 0 else ""
+        caller = " (the caller)" if thread == 0 else ""
         events.append(_metadata("thread_name", thread, name=f"thread {thread}{caller}"))
         events.append(_metadata("thread_sort_index", thread, sort_index=thread))
     names = [(ROPE, {}), *((region.label, _facts(region)) for region in regions)]
