@@ -7,6 +7,10 @@ namespace hasten {
 namespace {
 
 // By hand, because GCC 12 copies and spills the accumulators of _mm512_dpbusd_epi32 in rolled loops.
+#if defined(HASTEN_EMULATE_AVX512)
+inline void dot(__m512i& sum, __m512i weights, __m512i x) { sum = _mm512_dpbusd_epi32(sum, weights, x); }
+inline void dot_at(__m512i& sum, __m512i weights, const int8_t* x) { dot(sum, weights, broadcast4(x)); }
+#else
 inline void dot(__m512i& sum, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
 }
@@ -14,6 +18,7 @@ inline void dot(__m512i& sum, __m512i weights, __m512i x) {
 inline void dot_at(__m512i& sum, __m512i weights, const int8_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
 }
+#endif
 
 // Sources: eight columns of a panel as two vectors [16 rows][4] of unsigned bytes.
 struct Int8Source {
