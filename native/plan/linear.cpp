@@ -11,6 +11,7 @@ constexpr int64_t kAlone = 4096;                // elements of input that each t
 constexpr int64_t kTileBytes = 128 * 1024;      // of output that a thread keeps in its cache between kernel and epilogue
 constexpr int64_t kChunksPerThread = 6;         // work is cut this fine, so that a slow thread delays little
 constexpr int64_t kFewestTokens = 16;           // a chunk of panels is not cut into fewer tokens than this
+constexpr int64_t kMostTokens = 128;            // nor into more: what a kernel prepares of tokens serves the more panels
 
 int64_t floats(int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), kAlign); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -31,7 +32,7 @@ LinearStep::LinearStep(const Kernels& kernels, const Sizes& sizes, const Value& 
       wants_bf16_ = true;
     else
       wants_f32_ = true;
-    kernel = std::max(kernel, kernels.matmul_scratch(w, most));
+    kernel = std::max(kernel, kernels.matmul_scratch(w, std::min(most, kMostTokens)));
   }
   int64_t tile = 0, alone_tokens = 1;
   while (alone_tokens < most && alone(alone_tokens + 1)) ++alone_tokens;
@@ -99,12 +100,14 @@ LinearStep::Cut LinearStep::cut(int64_t tokens, int threads) const {
   if (gate_) panels /= 2;
   Cut c{};
   const int64_t fine = ceil_div(panels, threads * kChunksPerThread);
-  const int64_t in_cache = kTileBytes / (tokens * kPanel * static_cast<int64_t>(sizeof(float)) * (gate_ ? 2 : 1));
+  const int64_t rows = std::min(tokens, kMostTokens);
+  const int64_t in_cache = kTileBytes / (rows * kPanel * static_cast<int64_t>(sizeof(float)) * (gate_ ? 2 : 1));
   c.panels = std::max<int64_t>(2, std::min(fine, in_cache) / 2 * 2);  // kernels like pairs of panels
   for (size_t i = 0; i < (gate_ ? 1 : parts_.size()); ++i) c.panel_chunks += ceil_div(parts_[i].weight.panels(), c.panels);
   c.token_chunks = c.panel_chunks >= 2 * threads
                        ? 1
                        : std::clamp<int64_t>(ceil_div(2 * threads, c.panel_chunks), 1, ceil_div(tokens, kFewestTokens));
+  c.token_chunks = std::max(c.token_chunks, ceil_div(tokens, kMostTokens));
   c.tokens = ceil_div(tokens, c.token_chunks);
   c.token_chunks = ceil_div(tokens, c.tokens);
   return c;
