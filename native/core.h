@@ -45,16 +45,16 @@ inline constexpr int64_t unit_bytes(Kind kind) {
 // A matrix [rows, columns], rows in panels of 16 (the last one ragged: absent rows are stored as zeros).
 //   f32        codes: float    [panels][columns][16]
 //   f16, bf16  codes: uint16_t [panels][round_up(columns, 2) / 2][16][2]      two neighbouring columns a lane
-//   others     codes: uint8_t  [panels][padded / 8][16 * bits], eight columns a step. A step has 128 places, [2][16][4]:
-//              four columns of each row, then the next four. A plane of b bits a place fills 16 * b bytes: place p is in
-//              byte p % (16 * b), from bit p / (16 * b) * b on. Codes of 1, 2, 4 and 8 bits are one plane, codes of 3
-//              bits a plane of the low two, then one of the high bit.
+//   others     codes: uint8_t [panels][padded / 32][64 * bits], 32 columns a block, which has eight lines of places
+//              [16][4]: four columns of each row. A plane of b bits a place has 8 / b of these lines side by side in each
+//              64 bytes: line l is in bytes l * b / 8 * 64 on, from bit l * b % 8 on. Codes of 1, 2, 4 and 8 bits are one
+//              plane, codes of 3 bits a plane of the low two, then one of the high bit.
 //   int8       value = (code - 128) * scale, codes 1..255
 //   int4, int3 value = (code - 8) * scale, (code - 4) * scale
 //   int2, int1 value = (2 * code - 3) * scale, (2 * code - 1) * scale: no zero, but levels on both sides alike
 //   codebook*  value = (codebook[code] - 64) * scale, entries 0..127
 //   sparse8    codes: uint8_t [panels][padded / 32][320]: 256 values, value = int8 * scale, then 512 bits, one for each
-//              place of 32 columns (four steps of 128 places), set where a value is stored: 256 are
+//              place of the block, line after line, set where a value is stored: 256 are
 // where padded = round_up(columns, 32), padding codes are the zero point (any code where there is none; activations there
 // are 0), scales: f16 [panels][ceil(columns / group)][16], may be negative.
 struct Weight {
@@ -159,6 +159,7 @@ const Kernels* avx2_kernels();          // null where not compiled in
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* avx512_bf16_emulated_kernels();   // for tests where the instruction is missing
-const Kernels* avx512_emulated_kernels();        // for tests: every instruction emulated (HASTEN_EMULATE_AVX512)
+const Kernels* avx512_emulated_kernels();        // for tests (HASTEN_EMULATE_AVX512): every instruction emulated
+const Kernels* avx512_bf16_all_emulated_kernels();
 
 }  // namespace hasten

@@ -60,20 +60,21 @@ namespace {
   }
 }
 
-// The code at `place` (0..127) in a plane of `width` bits a place.
+// The code at `place` (0..511) of 32 columns in a plane of `width` bits.
 template <int width>
 inline int32_t plane_at(const uint8_t* plane, int64_t place) {
-  return plane[place % (16 * width)] >> (place / (16 * width) * width) & ((1 << width) - 1);
+  const int64_t bit = place / 64 * width;
+  return plane[bit / 8 * 64 + place % 64] >> (bit % 8) & ((1 << width) - 1);
 }
 
-// The code at `place` (0..127) of a step of eight columns.
-[[maybe_unused]] inline int32_t code_at(const uint8_t* step, int bits, int64_t place) {
+// The code at `place` of 32 columns.
+[[maybe_unused]] inline int32_t code_at(const uint8_t* block, int bits, int64_t place) {
   switch (bits) {
-    case 1: return plane_at<1>(step, place);
-    case 2: return plane_at<2>(step, place);
-    case 3: return plane_at<2>(step, place) | plane_at<1>(step + 32, place) << 2;
-    case 4: return plane_at<4>(step, place);
-    default: return step[place];
+    case 1: return plane_at<1>(block, place);
+    case 2: return plane_at<2>(block, place);
+    case 3: return plane_at<2>(block, place) | plane_at<1>(block + 128, place) << 2;
+    case 4: return plane_at<4>(block, place);
+    default: return block[place];
   }
 }
 
@@ -88,11 +89,10 @@ inline int32_t plane_at(const uint8_t* plane, int64_t place) {
 
 // value / scale of one weight; row is within the panel.
 [[maybe_unused]] inline int32_t level(const Weight& w, int64_t panel, int64_t row, int64_t column) {
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + panel * w.panel_bytes();
-  const int64_t place = column / 4 % 8 * 64 + row * 4 + column % 4;  // within 32 columns
-  if (w.kind == Kind::sparse8) return sparse_at(codes + column / kUnit * kSparseBlock, place);
-  const int bits = kind_bits(w.kind);
-  const int32_t code = code_at(codes + column / 8 * 16 * bits, bits, place % 128);
+  const uint8_t* block = static_cast<const uint8_t*>(w.codes) + panel * w.panel_bytes() + column / kUnit * unit_bytes(w.kind);
+  const int64_t place = column % kUnit / 4 * 64 + row * 4 + column % 4;
+  if (w.kind == Kind::sparse8) return sparse_at(block, place);
+  const int32_t code = code_at(block, kind_bits(w.kind), place);
   const bool doubled = w.kind == Kind::int2 || w.kind == Kind::int1;
   return (has_codebook(w.kind) ? w.codebook[code] : doubled ? 2 * code : code) - zero_point(w.kind);
 }

@@ -1,5 +1,7 @@
 // Bytes that stand close together, spread to the places that a mask names: vpexpandb for processors without it.
 #pragma once
+#include <immintrin.h>
+
 #include <array>
 
 #include "isa/matmul_common.h"

@@ -39,13 +39,6 @@ double seconds_of(Call call) {
   return now() - start;
 }
 
-int64_t codes_bytes(Kind kind, int64_t rows, int64_t columns) {
-  const int64_t panels = (rows + 15) / 16;
-  if (kind == Kind::f32) return panels * columns * 64;
-  if (kind <= Kind::bf16) return panels * ((columns + 1) / 2) * 64;
-  return panels * round_up(columns, 32) * (kind == Kind::int8 ? 16 : 8);
-}
-
 struct Case {
   const char* name;
   Kind kind;
@@ -53,7 +46,7 @@ struct Case {
 };
 
 void run_case(const Kernels& k, const Case& c, int64_t rows, int64_t columns) {
-  const int64_t bytes = round_up(codes_bytes(c.kind, rows, columns), 64);
+  const int64_t bytes = Weight{c.kind, rows, columns, c.group, nullptr, nullptr, nullptr}.panel_bytes() * ((rows + 15) / 16);
   const int64_t groups = c.group ? (columns + c.group - 1) / c.group : 0, scale_bytes = round_up(rows, 16) * groups * 2;
   const int64_t stride = activation_stride(columns, c.group ? 1 : 4);
   const int64_t copies = (100'000'000 + bytes) / bytes, most = 240;
