@@ -58,8 +58,8 @@ const Kernels& table(const std::string& isa) {
 
 std::vector<std::string> testable_isas() {
   std::vector<std::string> names = available_isas();
-  for (const char* name : {"avx512_bf16_emulated", "avx512_emulated"})
-    if (kernels_for(name)) names.emplace_back(name);
+  for (const char* emulated : {"avx2_vnni_emulated", "avx512_bf16_emulated", "avx512_emulated"})
+    if (kernels_for(emulated)) names.emplace_back(emulated);
   return names;
 }
 

@@ -8,19 +8,25 @@ namespace {
 
 // Sources: `load(block, half, lane)` gives columns [4 lane, 4 lane + 4) of rows [8 half, 8 half + 8), lane 0..7 of a block,
 // as the kernel takes them; kBlock is a block's bytes. kAhead: how far ahead of them to fetch.
+// Without AVX-VNNI they say how far their bytes are from overflow; with it all are bytes, and int8 stays unsigned.
+constexpr Dot without_vnni(Dot dot) { return kVnni ? Dot::bytes : dot; }
+
+inline __m256i turned(__m256i bytes) { return _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(0x80))); }
+
 struct Int8Source {
-  static constexpr Dot kDot = Dot::sign;
+  static constexpr Dot kDot = without_vnni(Dot::sign);
   static constexpr int64_t kBlock = 512, kAhead = 1024;
   explicit Int8Source(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
-    return _mm256_xor_si256(load32(p + lane * 64 + half * 32), _mm256_set1_epi8(static_cast<char>(0x80)));
+    const __m256i codes = load32(p + lane * 64 + half * 32);
+    return kVnni ? codes : turned(codes);
   }
 };
 
 // A plane of `bits` bits (native/core.h), each code left at bit `position` of its byte: 1 gives twice the code.
 template <int bits, int position>
 struct PlaneSource {
-  static constexpr Dot kDot = Dot::four_bits;
+  static constexpr Dot kDot = without_vnni(Dot::four_bits);
   static constexpr int kBits = bits;
   static constexpr int64_t kBlock = 64 * bits, kAhead = 1024;
   explicit PlaneSource(const Weight&) {}
@@ -33,7 +39,7 @@ struct PlaneSource {
 };
 
 struct Int3Source {
-  static constexpr Dot kDot = Dot::four_bits;
+  static constexpr Dot kDot = without_vnni(Dot::four_bits);
   static constexpr int kBits = 3;
   static constexpr int64_t kBlock = 192, kAhead = 1024;
   const PlaneSource<2, 0> low;
@@ -50,7 +56,7 @@ using Int1Source = PlaneSource<1, 1>;
 
 template <class Codes>
 struct CodebookSource {
-  static constexpr Dot kDot = Dot::seven_bits;
+  static constexpr Dot kDot = without_vnni(Dot::seven_bits);
   static constexpr int64_t kBlock = Codes::kBlock, kAhead = 1024;
   const Codes codes;
   const __m256i table;
@@ -70,7 +76,7 @@ struct CodebookSource {
 // Counts its way through a block's values, so a block must be loaded in order: lane after lane, low half first. Reads 16
 // bytes from any value on, which stay within the block: its mask comes last.
 struct SparseSource {
-  static constexpr Dot kDot = Dot::sign;
+  static constexpr Dot kDot = without_vnni(Dot::sign);
   static constexpr int64_t kBlock = kSparseBlock, kAhead = 1280;
   mutable const uint8_t* values = nullptr;
   explicit SparseSource(const Weight&) {}
@@ -82,7 +88,8 @@ struct SparseSource {
     values += __builtin_popcount(places & 0xffff);
     const __m128i high = expand16(values, places >> 16);
     values += __builtin_popcount(places >> 16);
-    return _mm256_set_m128i(high, low);
+    const __m256i both = _mm256_set_m128i(high, low);
+    return kVnni ? turned(both) : both;
   }
 };
 

@@ -13,7 +13,27 @@ namespace {
 //   seven_bits  weights 0..127: 2 * 127 * 127 fits; widened at once by madd
 //   sign        weights -127..127: their magnitude is the unsigned factor, their sign moves to the activation
 //   words       both widened to 16 bits beforehand, two columns a lane: one madd
-enum class Dot { four_bits, seven_bits, sign, words };
+//   bytes       AVX-VNNI: weights 0..255, four products of a lane added in 32 bits by one instruction
+enum class Dot { four_bits, seven_bits, sign, words, bytes };
+
+#if defined(__AVXVNNI__) || defined(HASTEN_EMULATE_VNNI)
+constexpr bool kVnni = true;
+#else
+constexpr bool kVnni = false;
+#endif
+
+HASTEN_INLINE __m256i dpbusd(__m256i sum, __m256i weights, __m256i x) {
+#if defined(HASTEN_EMULATE_VNNI)
+  const __m256i byte = _mm256_set1_epi16(255);
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(weights, byte), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(x, 8))));
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, weights, x);
+#else
+  (void)weights, (void)x;
+  return sum;                                                        // never asked for
+#endif
+}
 
 constexpr int64_t lane_columns(Dot dot) { return dot == Dot::words ? 2 : 4; }
 constexpr int64_t kTokens = 4;
@@ -103,12 +123,13 @@ struct Stretch {
 };
 
 template <Dot dot>
-HASTEN_INLINE __m256i widened(__m256i weights, __m256i x) {          // not for four_bits
+HASTEN_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x) {   // not for four_bits
   const __m256i ones = _mm256_set1_epi16(1);
-  if constexpr (dot == Dot::words) return _mm256_madd_epi16(weights, x);
-  if constexpr (dot == Dot::sign)
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)), ones);
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), ones);
+  if constexpr (dot == Dot::bytes) return dpbusd(sum, weights, x);
+  if constexpr (dot == Dot::words) return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
+  const __m256i pairs = dot == Dot::sign ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
+                                         : _mm256_maddubs_epi16(weights, x);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
 }
 
 // GCC would rather add products up in pairs, far from here, and spill all of them: an opaque sum keeps its register.
@@ -145,8 +166,8 @@ HASTEN_INLINE void add_block(const Source& source, const uint8_t* codes, const i
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
         const __m256i x = broadcast4(lanes + lane * T + t);
-        sum[t][0] = _mm256_add_epi32(sum[t][0], widened<Source::kDot>(low, x));
-        sum[t][1] = _mm256_add_epi32(sum[t][1], widened<Source::kDot>(high, x));
+        sum[t][0] = add_products<Source::kDot>(sum[t][0], low, x);
+        sum[t][1] = add_products<Source::kDot>(sum[t][1], high, x);
         keep(sum[t][0]);
         keep(sum[t][1]);
       }
