@@ -9,7 +9,7 @@ from hasten import formats
 from hasten.errors import FormatError
 
 SHAPES = [(1, 1), (3, 172), (16, 32), (17, 33), (50, 300), (31, 7), (33, 128)]
-# Of a group's extreme: half the widest step (NF4's is 19 of 63); the far side of int4 and int3 stops a whole step short.
+# Of a group's extreme: half the widest step (NF4's is 19 of 63); the far side of int4 and int3 stops a step short.
 # One bit has nothing near zero, and what sparse8 drops may be all that a group has.
 TOLERANCE = {
     **{

@@ -1,8 +1,8 @@
 """Four bits a weight, or three, two, one, that choose among the levels of one codebook a matrix, with group scales.
 
-The default codebook of four bits is NF4 (Dettmers et al., QLoRA, arXiv:2305.14314, appendix E), its values scaled to +-63
-and rounded: levels are 7-bit, so that AVX2's byte products never saturate. Three bits: the same construction. Two and
-one: evenly spaced, with no level at zero (as int2 and int1 have them).
+The default codebook of four bits is NF4 (Dettmers et al., QLoRA, arXiv:2305.14314, appendix E), its values scaled to
++-63 and rounded: levels are 7-bit, so that AVX2's byte products never saturate. Three bits: the same construction.
+Two and one: evenly spaced, with no level at zero (as int2 and int1 have them).
 """
 
 from __future__ import annotations
