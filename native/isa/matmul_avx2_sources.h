@@ -73,8 +73,8 @@ struct CodebookSource {
   }
 };
 
-// Counts its way through a block's values, so a block must be loaded in order: lane after lane, low half first. Reads 16
-// bytes from any value on, which stay within the block: its mask comes last.
+// Counts its way through a block's values, so a block must be loaded in order: lane after lane, low half first. Loads go up to
+// eight bytes past the last value, which stay within the block: its mask comes last.
 struct SparseSource {
   static constexpr Dot kDot = without_vnni(Dot::sign);
   static constexpr int64_t kBlock = kSparseBlock, kAhead = 1280;
@@ -82,12 +82,8 @@ struct SparseSource {
   explicit SparseSource(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
     if (lane + half == 0) values = p;
-    uint32_t places;
-    std::memcpy(&places, p + kSparseValues + lane * 8 + half * 4, sizeof places);
-    const __m128i low = expand16(values, places & 0xffff);
-    values += __builtin_popcount(places & 0xffff);
-    const __m128i high = expand16(values, places >> 16);
-    values += __builtin_popcount(places >> 16);
+    const uint8_t* mask = p + kSparseValues + lane * 8 + half * 4;
+    const __m128i low = expand16(values, mask), high = expand16(values, mask + 2);
     const __m256i both = _mm256_set_m128i(high, low);
     return kVnni ? turned(both) : both;
   }

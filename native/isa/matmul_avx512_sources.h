@@ -111,20 +111,20 @@ struct SparseSource {
 
  private:
   __m512i next(const uint8_t* mask) const {
-    uint64_t places;
-    std::memcpy(&places, mask, sizeof places);
-    const __m512i spread = expands ? expand64(values, places) : by_table(places);
-    if (expands) values += __builtin_popcountll(places);
+    const __m512i spread = expands ? by_instruction(mask) : by_table(mask);
     return _mm512_xor_si512(spread, _mm512_set1_epi8(static_cast<char>(0x80)));   // unsigned: plus 128
   }
-  __m512i by_table(uint64_t places) const {
+  __m512i by_instruction(const uint8_t* mask) const {
+    uint64_t places;
+    std::memcpy(&places, mask, sizeof places);
+    const uint8_t* from = values;
+    values += __builtin_popcountll(places);
+    return expand64(from, places);
+  }
+  __m512i by_table(const uint8_t* mask) const {
     __m128i part[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t sixteen = places >> (16 * i) & 0xffff;
-      part[i] = expand16(values, sixteen);
-      values += __builtin_popcount(sixteen);
-    }
+    for (int i = 0; i < 4; ++i) part[i] = expand16(values, mask + 2 * i);
     const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(part[0]), part[1], 1);
     return _mm512_inserti32x4(_mm512_inserti32x4(two, part[2], 2), part[3], 3);
   }
