@@ -13,11 +13,14 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 4, kTileColumns = 1;
+// Thirty-two registers hold 6 x 4 sums beside four parts and a broadcast; 7 or 8 rows, in one pass over the matrix, hold 8 x 2.
+inline constexpr int kTileRows = 6, kTileColumns = 1, kMostRows = 8, kPart = 4;
+constexpr int tile_parts(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
 
 struct V { float32x4_t part[4]; };
 struct M { uint32x4_t part[4]; };
 struct D { float64x2_t part[8]; };
+struct P { float32x4_t v; };
 
 template <class F>
 HASTEN_INLINE V each(F f) { return {{f(0), f(1), f(2), f(3)}}; }
@@ -52,8 +55,25 @@ HASTEN_INLINE void store(float* p, V a, int64_t n) {
   memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
 
+HASTEN_INLINE float32x4_t widen_four(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+HASTEN_INLINE float32x4_t widen_four(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
+HASTEN_INLINE V load(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+}
+HASTEN_INLINE V load(const int8_t* p, int64_t n) {
+  int8_t full[kLanes] = {};
+  memcpy(full, p, static_cast<size_t>(n));
+  return load(full);
+}
 HASTEN_INLINE V load(const uint16_t* p) {
-  return each([=](int i) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16)); });
+  return each([=](int i) { return widen_four(p + 4 * i); });
 }
 HASTEN_INLINE V load(const uint16_t* p, int64_t n) {
   uint16_t full[kLanes] = {};
@@ -79,6 +99,15 @@ HASTEN_INLINE V mul(V a, V b) { return each([&](int i) { return vmulq_f32(a.part
 HASTEN_INLINE V div(V a, V b) { return each([&](int i) { return vdivq_f32(a.part[i], b.part[i]); }); }
 HASTEN_INLINE V fma(V a, V b, V c) { return each([&](int i) { return vfmaq_f32(c.part[i], a.part[i], b.part[i]); }); }
 HASTEN_INLINE V fnma(V a, V b, V c) { return each([&](int i) { return vfmsq_f32(c.part[i], a.part[i], b.part[i]); }); }
+
+HASTEN_INLINE P part_zero() { return {vdupq_n_f32(0.0f)}; }
+HASTEN_INLINE P part_set(float x) { return {vdupq_n_f32(x)}; }
+HASTEN_INLINE P part_load(const float* p) { return {vld1q_f32(p)}; }
+template <class T>
+HASTEN_INLINE P part_load(const T* p) { return {widen_four(p)}; }
+HASTEN_INLINE void store(float* p, P a) { vst1q_f32(p, a.v); }
+HASTEN_INLINE P mul(P a, P b) { return {vmulq_f32(a.v, b.v)}; }
+HASTEN_INLINE P fma(P a, P b, P c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 
 HASTEN_INLINE M less(V a, V b) { return each_mask([&](int i) { return vcltq_f32(a.part[i], b.part[i]); }); }
 HASTEN_INLINE M equal(V a, V b) { return each_mask([&](int i) { return vceqq_f32(a.part[i], b.part[i]); }); }
