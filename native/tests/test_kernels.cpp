@@ -47,7 +47,8 @@ int main(int count, char** arguments) {
   }
   if (names.empty()) {
     names = available_isas();
-    if (kernels_for("avx512_bf16_emulated") != nullptr) names.emplace_back("avx512_bf16_emulated");
+    for (const char* emulated : {"avx2_vnni_emulated", "avx512_bf16_emulated"})
+      if (kernels_for(emulated) != nullptr) names.emplace_back(emulated);
   }
   for (const std::string& name : names) {
     const Kernels* table = kernels_for(name);

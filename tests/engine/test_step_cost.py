@@ -33,6 +33,16 @@ class Nothing:
         return {}
 
 
+def reference_microseconds() -> float:
+    """CPU time of a fixed piece of plain Python: about 200 where the limits below were set."""
+    started = time.process_time_ns()
+    table: dict[int, list[int]] = {}
+    for i in range(2000):
+        table[i & 63] = [i]
+        assert table[i & 63][0] == i
+    return (time.process_time_ns() - started) / 1000
+
+
 @pytest.mark.parametrize(("sequences", "microseconds"), [(1, 50), (16, 75)])
 def test_a_step_of_the_engine_costs_little(sequences: int, microseconds: float) -> None:
     engine = Engine(Nothing(), vocabulary=100)  # type: ignore[arg-type]
@@ -40,11 +50,13 @@ def test_a_step_of_the_engine_costs_little(sequences: int, microseconds: float) 
         engine.add(list(range(1, 20 + i)), SamplingParams(max_tokens=2000, ignore_eos=True))
     for _ in range(5):
         engine.step()
-    best = np.inf
+    best = reference = np.inf
     for _ in range(30):  # CPU time, and the least disturbed of many: the machine may be busy
         started = time.process_time_ns()
         for _ in range(50):
             engine.step()
         best = min(best, (time.process_time_ns() - started) / 50 / 1000)
+        reference = min(reference, reference_microseconds())
     assert len(engine.scheduler.running) == sequences
-    assert best < microseconds
+    slower = max(1.0, reference / 200)  # this machine, now, than the one that the limit is stated for
+    assert best < microseconds * slower, f"{best:.0f} us a step on a machine {slower:.1f} times slower than the stated"
