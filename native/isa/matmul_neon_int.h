@@ -1,48 +1,10 @@
 // Integer matmul, NEON. Integer sums are exact in any order; of floats there is one sequence for every row and token,
 // whatever the form: total = fma(float(sum), weight_scale * activation_scale, total), group after group.
 #pragma once
-#include "isa/matmul_neon_base.h"
+#include "isa/matmul_neon_sources.h"
 
 namespace hasten {
 namespace {
-
-// Sources: eight columns of rows 4 * quarter .. + 3, as signed bytes.
-struct Int8Source {
-  static constexpr int64_t kEight = 128;                             // bytes of eight columns of a panel
-  explicit Int8Source(const Weight&) {}
-  static int8x16_t centred(const uint8_t* p) { return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(0x80))); }
-  Eight load(const uint8_t* p, int quarter) const { return {centred(p + quarter * 16), centred(p + 64 + quarter * 16)}; }
-};
-
-struct Int4Source {
-  static constexpr int64_t kEight = 64;
-  explicit Int4Source(const Weight&) {}
-  Eight load(const uint8_t* p, int quarter) const {
-    const uint8x16_t both = vld1q_u8(p + quarter * 16);
-    return {vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8(both, 4))};
-  }
-};
-
-struct CodebookSource {
-  static constexpr int64_t kEight = 64;
-  const uint8x16_t table;
-  explicit CodebookSource(const Weight& w) : table(vld1q_u8(w.codebook)) {}
-  Eight load(const uint8_t* p, int quarter) const {
-    const uint8x16_t both = vld1q_u8(p + quarter * 16);
-    return {vreinterpretq_s8_u8(vqtbl1q_u8(table, vandq_u8(both, vdupq_n_u8(15)))),
-            vreinterpretq_s8_u8(vqtbl1q_u8(table, vshrq_n_u8(both, 4)))};
-  }
-};
-
-// What unpack_panel wrote for ManyTokens, arranged: [columns / 8][4 quarters][2][16].
-struct UnpackedSource {
-  static constexpr int64_t kEight = 128;
-  explicit UnpackedSource(const Weight&) {}
-  Eight load(const uint8_t* p, int quarter) const {
-    const int8_t* at = reinterpret_cast<const int8_t*>(p) + quarter * 32;
-    return {vld1q_s8(at), vld1q_s8(at + 16)};
-  }
-};
 
 struct IntMatmul {
   const Weight& w;
@@ -75,19 +37,22 @@ void multiply_panel(const IntMatmul& m, const uint8_t* codes, int64_t panel, int
       for (int quarter = 0; quarter < 4; ++quarter)
         HASTEN_UNROLL
         for (int part = 0; part < kPartials; ++part) sum[s][quarter][part] = vdupq_n_s32(0);
-    for (const int64_t last = smaller(c + group, padded); c < last; c += 8, codes += Source::kEight) {
-      __builtin_prefetch(codes + 1024);
-      typename Products::X activations[kSets];
-      HASTEN_UNROLL
-      for (int s = 0; s < kSets; ++s)
-        activations[s] = Products::load(x + s * kTokens * stride + c, s + 1 == kSets ? last_step : stride);
-      HASTEN_UNROLL
-      for (int quarter = 0; quarter < 4; ++quarter) {
-        Eight w = source.load(codes, quarter);
-        if constexpr (!arranged) w = Products::arrange(w);
+    for (const int64_t last = smaller(c + group, padded); c < last; c += kUnit, codes += Source::kBlock) {
+      if constexpr (!arranged)
+        for (int64_t ahead = 0; ahead < Source::kBlock; ahead += 64) __builtin_prefetch(codes + 1024 + ahead);
+      each_pair([&]<int pair>() __attribute__((always_inline)) {
+        typename Products::X activations[kSets];
         HASTEN_UNROLL
-        for (int s = 0; s < kSets; ++s) Products::add(sum[s][quarter], w, activations[s]);
-      }
+        for (int s = 0; s < kSets; ++s)
+          activations[s] = Products::load(x + s * kTokens * stride + c + pair * 8, s + 1 == kSets ? last_step : stride);
+        HASTEN_UNROLL
+        for (int quarter = 0; quarter < 4; ++quarter) {
+          Eight w = source.template load<pair>(codes, quarter);
+          if constexpr (!arranged) w = Products::arrange(w);
+          HASTEN_UNROLL
+          for (int s = 0; s < kSets; ++s) Products::add(sum[s][quarter], w, activations[s]);
+        }
+      });
     }
     HASTEN_UNROLL
     for (int quarter = 0; quarter < 4; ++quarter) {
@@ -118,34 +83,6 @@ template <class S, bool arranged>
 constexpr MultiplyPanel kMultiplyPanel[] = {form<S, arranged, 1>(), form<S, arranged, 2>(), form<S, arranged, 3>(),
                                             form<S, arranged, 4>(), form<S, arranged, 5>(), form<S, arranged, 6>()};
 
-inline void store_arranged(uint8_t* bytes, int quarter, Eight w) {
-  const Eight arranged = ManyTokens::arrange(w);
-  int8_t* at = reinterpret_cast<int8_t*>(bytes) + quarter * 32;
-  vst1q_s8(at, arranged.first);
-  vst1q_s8(at + 16, arranged.second);
-}
-
-template <class Source>
-void unpack_panel(const Weight& w, int64_t panel, uint8_t* bytes) {
-  const Source source(w);
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + panel * (w.padded() / 8) * Source::kEight;
-  for (int64_t c = 0; c < w.padded(); c += 8, codes += Source::kEight, bytes += 128)
-    for (int quarter = 0; quarter < 4; ++quarter) store_arranged(bytes, quarter, source.load(codes, quarter));
-}
-
-// Any kind that `level` knows, slowly, as the bytes that remain when the zero point is gone.
-void unpack_plain(const Weight& w, int64_t panel, uint8_t* bytes) {
-  for (int64_t c = 0; c < w.padded(); c += 8, bytes += 128)
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      int8_t eight[2][16];
-      for (int i = 0; i < 32; ++i) {
-        const int64_t row = quarter * 4 + i % 16 / 4, column = c + i / 16 * 4 + i % 4;
-        eight[i / 16][i % 16] = column < w.columns ? static_cast<int8_t>(level(w, panel, row, column)) : 0;
-      }
-      store_arranged(bytes, quarter, {vld1q_s8(eight[0]), vld1q_s8(eight[1])});
-    }
-}
-
 // Every tile of tokens against one panel's arranged bytes.
 inline void multiply_arranged(const IntMatmul& m, const uint8_t* bytes, int64_t panel, int64_t tokens) {
   constexpr int64_t kTile = ManyTokens::kTile;
@@ -154,42 +91,48 @@ inline void multiply_arranged(const IntMatmul& m, const uint8_t* bytes, int64_t 
 }
 
 template <class Source>
-void multiply(const IntMatmul& m, int64_t tokens, int64_t panel0, int64_t panel1, std::byte* scratch) {
-  const int64_t stride = m.w.padded() / 8 * Source::kEight;
+void multiply(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
+              int64_t out_stride, std::byte* scratch) {
+  const IntMatmul m{w, x, out, out_stride, Source::kZero};
+  const int64_t stride = w.padded() / kUnit * Source::kBlock;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     if (tokens <= ManyTokens::kTile) {
-      const uint8_t* codes = static_cast<const uint8_t*>(m.w.codes) + panel * stride;
+      const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + panel * stride;
       kMultiplyPanel<Source, false>[tokens - 1](m, codes, panel, 0);
       continue;
     }
-    unpack_panel<Source>(m.w, panel, bytes);
+    unpack_panel<Source>(w, panel, bytes);
     multiply_arranged(m, bytes, panel, tokens);
   }
 }
 
-void multiply_plain(const IntMatmul& m, int64_t tokens, int64_t panel0, int64_t panel1, std::byte* scratch) {
+void multiply_plain(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
+                    int64_t out_stride, std::byte* scratch) {
+  const IntMatmul m{w, x, out, out_stride, 0};
   uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    unpack_plain(m.w, panel, bytes);
+    unpack_plain(w, panel, bytes);
     multiply_arranged(m, bytes, panel, tokens);
   }
 }
 
-inline bool has_loader(Kind kind) { return kind == Kind::int8 || kind == Kind::int4 || kind == Kind::codebook4; }
+// Of kinds without a source, panels are unpacked for one token too.
+inline bool has_source(Kind kind) { return kind == Kind::int8 || kind == Kind::int4 || kind == Kind::codebook4; }
 
 inline int64_t int_scratch(const Weight& w, int64_t tokens) {
-  return has_loader(w.kind) && tokens <= ManyTokens::kTile ? 0 : w.padded() * kPanel;
+  return has_source(w.kind) && tokens <= ManyTokens::kTile ? 0 : w.padded() * kPanel;
 }
 
 void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
                 int64_t out_stride, std::byte* scratch) {
   if (tokens == 0) return;
-  const auto zeroed = [&](int32_t zero) { return IntMatmul{w, x, out, out_stride, zero}; };
-  if (w.kind == Kind::int8) return multiply<Int8Source>(zeroed(0), tokens, panel0, panel1, scratch);
-  if (w.kind == Kind::int4) return multiply<Int4Source>(zeroed(8), tokens, panel0, panel1, scratch);
-  if (w.kind == Kind::codebook4) return multiply<CodebookSource>(zeroed(64), tokens, panel0, panel1, scratch);
-  multiply_plain(zeroed(0), tokens, panel0, panel1, scratch);
+  switch (w.kind) {
+    case Kind::int8: return multiply<Int8Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int4: return multiply<GridSource<Plane<4>, 8>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::codebook4: return multiply<CodebookSource<Plane<4>>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    default: return multiply_plain(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+  }
 }
 
 }  // namespace
