@@ -80,8 +80,8 @@ std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threa
                           std::optional<ActivationKind> gate, std::optional<Value> residual) {
     std::vector<LinearStep::Part> parts;
     for (const TestWeight* weight : weights) parts.push_back({weight->view(), nullptr});
-    program->add(std::make_unique<LinearStep>(kernels, sizes, in, normed ? std::optional(norm) : std::nullopt, std::move(parts),
-                                              std::move(outs), gate, residual));
+    program->add(std::make_unique<LinearStep>(kernels, sizes, program->tuning(), in, normed ? std::optional(norm) : std::nullopt,
+                                              std::move(parts), std::move(outs), gate, residual));
   };
   program->set_vocabulary(kVocabulary);
   const RopeTable& rope = program->rope({1.0f, 0.3f, 0.1f, 0.03f, 0.01f, 0.003f}, 1);
@@ -94,6 +94,7 @@ std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threa
   program->add(std::make_unique<SelectStep>(z, rows));
   linear(rows, true, {&m.head}, {logits}, std::nullopt, std::nullopt);
   program->finish(at.floats, logits);
+  program->tuning().measure(true);                                   // cut otherwise from step to step
   return program;
 }
 
