@@ -1,4 +1,4 @@
-"""What every test stands on: a cache folder of the session's own, so that nothing is found from before or left behind."""
+"""What every test stands on: a cache folder of the session's own: nothing found from before, nothing left behind."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def test_no_way_of_cutting_changes_a_bit(cache: Path, tokens: int) -> None:
         '[["x", 0, -1, 2, 3]]',
         '[["x", 99, 6, 128, 131072]]',
         '[["x", 0, 1e9, 1, 1]]',
-    ]
-    + ["[" * 100_000],
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_a_strange_file_is_no_file(cache: Path, text: str) -> None:
     made = program()

@@ -100,7 +100,8 @@ def _error(packer: Packer, name: str, choice: Choice) -> float:
 def holdable(tensors: Sequence[Tensor], errors: Losses) -> list[Tensor]:
     """The tensors without the choices whose format cannot hold them (a scale beyond f16, say)."""
     return [
-        replace(t, choices=tuple(c for c in t.choices if c.is_original or np.isfinite(errors[t.name, c]))) for t in tensors
+        replace(t, choices=tuple(c for c in t.choices if c.is_original or np.isfinite(errors[t.name, c])))
+        for t in tensors
     ]
 
 
