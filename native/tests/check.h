@@ -58,8 +58,8 @@ class Random {                                                       // splitmix
   uint64_t state_;
 };
 
-// n elements that start `offset` bytes past a cache line, guard bytes in front of them and after them. Data that kernels
-// only read stands in an Exact instead, where a sanitizer sees any read past the end.
+// n elements that start `offset` bytes past a cache line, guard bytes in front of them and after them. Data that
+// kernels only read stands in an Exact instead, where a sanitizer sees any read past the end.
 template <class T>
 class Guarded {
  public:
@@ -67,9 +67,6 @@ class Guarded {
       : bytes_(n * static_cast<int64_t>(sizeof(T))), offset_(kBefore + offset),
         memory_(static_cast<uint8_t*>(::operator new(size(), std::align_val_t{64}))) {
     std::memset(memory_, kGuard, size());
-  }
-  explicit Guarded(const std::vector<T>& values, int64_t offset = 0) : Guarded(static_cast<int64_t>(values.size()), offset) {
-    std::memcpy(memory_ + offset_, values.data(), static_cast<size_t>(bytes_));
   }
   Guarded(Guarded&& other) noexcept : bytes_(other.bytes_), offset_(other.offset_), memory_(other.memory_) {
     other.memory_ = nullptr;
@@ -114,7 +111,8 @@ class Exact {
                                                    std::align_val_t{64}));
     std::memset(memory_, 0, static_cast<size_t>(offset + n * static_cast<int64_t>(sizeof(T))));
   }
-  explicit Exact(const std::vector<T>& values, int64_t offset = 0) : Exact(static_cast<int64_t>(values.size()), offset) {
+  explicit Exact(const std::vector<T>& values, int64_t offset = 0)
+      : Exact(static_cast<int64_t>(values.size()), offset) {
     if (!values.empty()) std::memcpy(data(), values.data(), values.size() * sizeof(T));
   }
   Exact(Exact&& other) noexcept : offset_(other.offset_), count_(other.count_), memory_(other.memory_) {

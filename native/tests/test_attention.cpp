@@ -48,17 +48,22 @@ std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, floa
       const int64_t shared = head / (c.heads / c.kv_heads);
       const auto key = [&](int64_t j) { return static_cast<size_t>((j * c.kv_heads + shared) * c.head_dim); };
       const size_t query = static_cast<size_t>((i * c.heads + head) * c.head_dim);
-      const int64_t begin = c.window > 0 ? std::max<int64_t>(0, i - c.window + 1) : 0, end = c.causal ? i + 1 : s.length;
+      const int64_t begin = c.window > 0 ? std::max<int64_t>(0, i - c.window + 1) : 0;
+      const int64_t end = c.causal ? i + 1 : s.length;
       double most = -HUGE_VAL, total = 0;
       for (int64_t j = begin; j < end; ++j) {
         double score = 0;
-        for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d) score += s.q[query + d] * stored(s.k[key(j) + d], kind);
+        for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
+          score += s.q[query + d] * stored(s.k[key(j) + d], kind);
         score *= scale;
         if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
         scores[static_cast<size_t>(j)] = score;
         most = std::max(most, score);
       }
-      for (int64_t j = begin; j < end; ++j) total += scores[static_cast<size_t>(j)] = std::exp(scores[static_cast<size_t>(j)] - most);
+      for (int64_t j = begin; j < end; ++j) {
+        double& weight = scores[static_cast<size_t>(j)];
+        total += weight = std::exp(weight - most);
+      }
       for (int64_t j = begin; j < end; ++j)
         for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
           out[query + d] += scores[static_cast<size_t>(j)] / total * stored(s.v[key(j) + d], kind);
@@ -135,12 +140,14 @@ std::vector<float> run(const Kernels& k, const Case& c, KvKind kind, const Seque
     for (int64_t token = 0; token < size; ++token) k.kv_write(a, 0, token);
     Guarded<std::byte> scratch(k.attend_scratch(a, tile));
     for (int64_t head = 0; head < c.kv_heads; ++head)
-      for (int64_t token = 0; token < size; token += tile) k.attend(a, 0, head, token, std::min(size, token + tile), scratch.data());
+      for (int64_t token = 0; token < size; token += tile)
+        k.attend(a, 0, head, token, std::min(size, token + tile), scratch.data());
     expect(scratch.intact() && out.intact() && cache.intact(), "attention wrote outside its output, scratch or cache");
     for (int64_t token = 0; token < size; ++token) {
       const float* row = out.data() + token * a.out_stride;
       all.insert(all.end(), row, row + q_width);
-      for (int64_t i = 0; i < gap; ++i) expect(out.untouched(token * a.out_stride + q_width + i), "attention wrote between rows");
+      for (int64_t i = 0; i < gap; ++i)
+        expect(out.untouched(token * a.out_stride + q_width + i), "attention wrote between rows");
     }
     begin += size;
   }
@@ -180,7 +187,8 @@ void check_problem(const Kernels& k, const Problem& p, int number) {
       break;
   const auto same = [&](const std::vector<int64_t>& chunks, int64_t tile, const char* how) {
     const std::vector<float> other = run(k, p.c, p.kind, p.sequence, p.scale, chunks, tile);
-    expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())), "attention case %d: other bits %s", number, how);
+    expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())),
+           "attention case %d: other bits %s", number, how);
   };
   same({length}, 3, "in tiles of 3 queries");
   same({length}, 64, "in one tile of queries");
@@ -202,9 +210,10 @@ void check_leaks(const Kernels& k, KvKind kind, float bad) {
   spoil(0, 5);
   spoil(35, 45);
   const std::vector<float> found = run(k, c, kind, s, 0.3f, {45}, 16);
-  expect(same_bits(found.data() + 13 * width, clean.data() + 13 * width, (35 - 13) * width), "attention: %g outside the window leaks",
+  expect(same_bits(found.data() + 13 * width, clean.data() + 13 * width, (35 - 13) * width),
+         "attention: %g outside the window leaks", static_cast<double>(bad));
+  expect(std::isnan(found[static_cast<size_t>(35 * width)]), "attention: a row that sees %g is a number",
          static_cast<double>(bad));
-  expect(std::isnan(found[static_cast<size_t>(35 * width)]), "attention: a row that sees %g is a number", static_cast<double>(bad));
 }
 
 }  // namespace

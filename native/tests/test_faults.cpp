@@ -1,5 +1,5 @@
-// Tests must be seen to fail: each entry of the table is spoilt in turn, as little as a real mistake might, and the test
-// of that entry has to notice.
+// Tests must be seen to fail: each entry of the table is spoilt in turn, as little as a real mistake might, and the
+// test of that entry has to notice.
 #include "check.h"
 
 namespace hasten::test {
@@ -51,8 +51,8 @@ const Fault kFaults[] = {
        };
      }, test_matmul_int},
     {"a float matmul loses digits", [](Kernels& k) {
-       k.matmul_float = [](const Weight& w, const void* x, int64_t x_stride, int64_t tokens, int64_t first, int64_t last,
-                           float* out, int64_t stride, std::byte* scratch) {
+       k.matmul_float = [](const Weight& w, const void* x, int64_t x_stride, int64_t tokens, int64_t first,
+                           int64_t last, float* out, int64_t stride, std::byte* scratch) {
          sound->matmul_float(w, x, x_stride, tokens, first, last, out, stride, scratch);
          for (int64_t t = 0; t < tokens; ++t)
            for (int64_t row = first * 16; row < w.rows && row < last * 16; ++row)
@@ -66,7 +66,8 @@ const Fault kFaults[] = {
        };
      }, test_matmul_float},
     {"a norm forgets an element", [](Kernels& k) {
-       k.norm = [](NormKind kind, const float* x, int64_t n, const float* weight, const float* bias, float eps, float* out) {
+       k.norm = [](NormKind kind, const float* x, int64_t n, const float* weight, const float* bias, float eps,
+                   float* out) {
          sound->norm(kind, x, n, weight, bias, eps, out);
          nudge(out[n - 1]);
        };
@@ -95,22 +96,25 @@ const Fault kFaults[] = {
          sound->scale(a, factor, n < 16 ? n : 16, out);
        };
      }, test_rows},
-    {"a soft cap is a scale", [](Kernels& k) { k.softcap = [](const float* a, float, int64_t n, float* out) { sound->scale(a, 1, n, out); }; },
-     test_rows},
+    {"a soft cap is a scale", [](Kernels& k) {
+       k.softcap = [](const float* a, float, int64_t n, float* out) { sound->scale(a, 1, n, out); };
+     }, test_rows},
     {"a key is written twice", [](Kernels& k) {
        k.kv_write = [](const AttentionArgs& a, int64_t sequence, int64_t token) {
          sound->kv_write(a, sequence, token > 0 ? token - 1 : token);
        };
      }, test_attention},
     {"attention is off in the fourth digit", [](Kernels& k) {
-       k.attend = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1, std::byte* scratch) {
+       k.attend = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1,
+                     std::byte* scratch) {
          AttentionArgs other = a;
          other.scale *= 1.0003f;
          sound->attend(other, sequence, head, token0, token1, scratch);
        };
      }, test_attention},
     {"attention depends on the queries beside it", [](Kernels& k) {
-       k.attend = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1, std::byte* scratch) {
+       k.attend = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1,
+                     std::byte* scratch) {
          sound->attend(a, sequence, head, token0, token1, scratch);
          float& value = a.out[token0 * a.out_stride + head * (a.heads / a.kv.kv_heads) * a.kv.head_dim];
          if (token1 - token0 > 1) value = std::nextafterf(value, HUGE_VALF);
@@ -149,7 +153,8 @@ void test_that_faults_are_noticed(const Kernels& k) {
   quiet = false;
   failures = before;
   for (const char* what : missed) expect(false, "no test notices that %s", what);
-  std::printf("%s: %zu of %zu planted faults noticed\n", k.name, std::size(kFaults) - missed.size(), std::size(kFaults));
+  std::printf("%s: %zu of %zu planted faults noticed\n", k.name, std::size(kFaults) - missed.size(),
+              std::size(kFaults));
 }
 
 }  // namespace hasten::test

@@ -14,9 +14,10 @@ namespace hasten::test {
 namespace {
 
 struct Part { const char* name; void (*run)(const Kernels& k); };
-constexpr Part kParts[] = {{"quantise", test_quantise},     {"matmul_int", test_matmul_int}, {"matmul_float", test_matmul_float},
-                           {"rows", test_rows},             {"vocabulary", test_vocabulary}, {"attention", test_attention},
-                           {"limits", test_limits},         {"program", test_program}};
+constexpr Part kParts[] = {{"quantise", test_quantise},         {"matmul_int", test_matmul_int},
+                           {"matmul_float", test_matmul_float}, {"rows", test_rows},
+                           {"vocabulary", test_vocabulary},     {"attention", test_attention},
+                           {"limits", test_limits},             {"program", test_program}};
 
 void test_table(const Kernels& k, bool faults) {
   std::printf("%s:", k.name);

@@ -1,4 +1,4 @@
-// Matmuls against float64 sums over the same quantised values; integer parts exactly. Then the same bits in any company.
+// Matmuls against float64 sums over the same quantised values, integer parts exactly; the same bits in any company.
 #include <algorithm>
 
 #include "weights.h"
@@ -7,7 +7,8 @@ namespace hasten::test {
 namespace {
 
 struct Shape { int64_t rows, columns; };
-constexpr Shape kShapes[] = {{1, 1}, {3, 172}, {16, 64}, {17, 33}, {31, 96}, {33, 129}, {50, 300}, {48, 7}, {5, 128}, {70, 610}};
+constexpr Shape kShapes[] = {{1, 1}, {3, 172}, {16, 64}, {17, 33}, {31, 96}, {33, 129}, {50, 300}, {48, 7}, {5, 128},
+                             {70, 610}};
 constexpr int64_t kTokens[] = {1, 2, 3, 4, 5, 6, 7, 9, 13};
 
 // Int8 activations whose rows start anywhere, with what must not be read between them.
@@ -16,7 +17,8 @@ struct IntInput {
       : stride((columns + 63) / 64 * 64 + 13), groups((columns + group - 1) / group), group(group),
         codes(tokens * stride - 13, 3), scales(tokens * groups, 4), sums(tokens * groups, 4) {
     Random random(seed);
-    for (int64_t i = 0; i < codes.count(); ++i) codes[i] = i % stride < columns ? random_code(random) : i % stride < stride - 13 ? 0 : 99;
+    for (int64_t i = 0; i < codes.count(); ++i)
+      codes[i] = i % stride < columns ? random_code(random) : i % stride < stride - 13 ? int8_t{0} : int8_t{99};
     for (int64_t i = 0; i < scales.count(); ++i)
       scales[i] = unit_scales ? 1.0f : static_cast<float>(std::ldexp(0.5 + random.uniform(), -6));
     for (int64_t t = 0; t < tokens; ++t)
@@ -27,7 +29,8 @@ struct IntInput {
     return static_cast<int8_t>(kind == 0 ? 127 : kind == 1 ? -127 : random.between(-127, 127));
   }
   Quantised from(int64_t token) const {
-    return {codes.data() + token * stride, scales.data() + token * groups, sums.data() + token * groups, stride, groups, group};
+    return {codes.data() + token * stride, scales.data() + token * groups, sums.data() + token * groups, stride, groups,
+            group};
   }
   double value(int64_t token, int64_t column) const {
     return static_cast<double>(codes[token * stride + column]) * scales[token * groups + column / group];
@@ -87,15 +90,16 @@ class Output {
 
 // Runs tokens [token0, token0 + tokens) on panels [panel0, panel1).
 template <class Input>
-Output multiply(const Kernels& k, const TestWeight& weight, const Input& input, int64_t token0, int64_t tokens, int64_t panel0,
-                int64_t panel1) {
+Output multiply(const Kernels& k, const TestWeight& weight, const Input& input, int64_t token0, int64_t tokens,
+                int64_t panel0, int64_t panel1) {
   const Weight& w = weight.view();
   Output out(tokens, w.rows);
   Guarded<std::byte> scratch(k.matmul_scratch(w, tokens));
   if constexpr (std::is_same_v<Input, IntInput>)
     k.matmul_int(w, input.from(token0), tokens, panel0, panel1, out.data(), out.stride(), scratch.data());
   else
-    k.matmul_float(w, input.from(token0), input.stride, tokens, panel0, panel1, out.data(), out.stride(), scratch.data());
+    k.matmul_float(w, input.from(token0), input.stride, tokens, panel0, panel1, out.data(), out.stride(),
+                   scratch.data());
   expect(scratch.intact(), "matmul wrote past its scratch: %d rows, %d columns, %d tokens", static_cast<int>(w.rows),
          static_cast<int>(w.columns), static_cast<int>(tokens));
   expect(out.outside_untouched(panel0, panel1), "matmul wrote outside its output: %d rows, panels %d to %d",
@@ -143,7 +147,8 @@ void check_splits(const Kernels& k, const char* name, const TestWeight& weight, 
   }
 }
 
-void check_integers(const Kernels& k, const KindName& kind, Shape shape, int64_t group, int64_t x_group, int64_t tokens) {
+void check_integers(const Kernels& k, const KindName& kind, Shape shape, int64_t group, int64_t x_group,
+                    int64_t tokens) {
   const TestWeight weight(kind.kind, shape.rows, shape.columns, group, 11, true);
   const IntInput input(tokens, shape.columns, x_group, 12, true);
   const Output out = multiply(k, weight, input, 0, tokens, 0, weight.view().panels());
@@ -151,7 +156,8 @@ void check_integers(const Kernels& k, const KindName& kind, Shape shape, int64_t
     for (int64_t row = 0; row < shape.rows; ++row) {
       int64_t sum = 0;
       for (int64_t c = 0; c < shape.columns; ++c) sum += weight.level(row, c) * input.codes[t * input.stride + c];
-      if (!expect(out.row(t)[row] == static_cast<float>(sum), "%s [%d, %d]: token %d row %d is %.9g, the exact sum is %d",
+      if (!expect(out.row(t)[row] == static_cast<float>(sum),
+                  "%s [%d, %d]: token %d row %d is %.9g, the exact sum is %d",
                   kind.name, static_cast<int>(shape.rows), static_cast<int>(shape.columns), static_cast<int>(t),
                   static_cast<int>(row), static_cast<double>(out.row(t)[row]), static_cast<int>(sum)))
         return;
@@ -166,7 +172,8 @@ void check_decoded(const Kernels& k, const char* name, const TestWeight& weight)
     k.decode_row(w, row, out.data());
     expect(out.intact(), "decode_row of %s wrote outside its output", name);
     for (int64_t c = 0; c < w.columns; ++c)
-      if (!expect(out[c] == static_cast<float>(weight.value(row, c)), "decode_row of %s: row %d column %d is %.9g, not %.9g",
+      if (!expect(out[c] == static_cast<float>(weight.value(row, c)),
+                  "decode_row of %s: row %d column %d is %.9g, not %.9g",
                   name, static_cast<int>(row), static_cast<int>(c), static_cast<double>(out[c]), weight.value(row, c)))
         return;
   }
@@ -178,12 +185,14 @@ void test_matmul_int(const Kernels& k) {
   int round = 0;
   for (const KindName& kind : kIntKinds)
     for (const Shape shape : kShapes) {
-      const int64_t group = 32 << round % 3, x_group = round % 2 ? group : 32, tokens = kTokens[round % std::size(kTokens)];
+      const int64_t group = 32 << round % 3, x_group = round % 2 ? group : 32;
+      const int64_t tokens = kTokens[round % std::size(kTokens)];
       ++round;
       check_integers(k, kind, shape, group, x_group, tokens);
       const TestWeight weight(kind.kind, shape.rows, shape.columns, group, 21);
       const IntInput input(tokens, shape.columns, x_group, 22, false);
-      check_formula(kind.name, weight, input, multiply(k, weight, input, 0, tokens, 0, weight.view().panels()), tokens, 1e-6);
+      check_formula(kind.name, weight, input, multiply(k, weight, input, 0, tokens, 0, weight.view().panels()), tokens,
+                    1e-6);
       check_decoded(k, kind.name, weight);
     }
   for (const KindName& kind : kIntKinds) {
@@ -200,7 +209,8 @@ void test_matmul_float(const Kernels& k) {
       const int64_t tokens = kTokens[round++ % std::size(kTokens)];
       const TestWeight weight(kind.kind, shape.rows, shape.columns, 0, 41);
       const FloatInput input(k, kind.kind, tokens, shape.columns, 42);
-      check_formula(kind.name, weight, input, multiply(k, weight, input, 0, tokens, 0, weight.view().panels()), tokens, 2e-6);
+      check_formula(kind.name, weight, input, multiply(k, weight, input, 0, tokens, 0, weight.view().panels()), tokens,
+                    2e-6);
       check_decoded(k, kind.name, weight);
     }
   for (const KindName& kind : kFloatKinds) {

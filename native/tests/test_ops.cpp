@@ -15,8 +15,9 @@ const Activation kActivations[] = {
     {ActivationKind::none, "none", [](double x) { return x; }},
     {ActivationKind::silu, "silu", [](double x) { return x / (1 + std::exp(-x)); }},
     {ActivationKind::gelu, "gelu", [](double x) { return x * 0.5 * std::erfc(-x / std::sqrt(2.0)); }},
-    {ActivationKind::gelu_tanh, "gelu_tanh",
-     [](double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x))); }},
+    {ActivationKind::gelu_tanh, "gelu_tanh", [](double x) {
+       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (x + 0.044715 * x * x * x)));
+     }},
     {ActivationKind::relu, "relu", [](double x) { return x > 0 ? x : 0; }},
     {ActivationKind::tanh, "tanh", [](double x) { return std::tanh(x); }},
     {ActivationKind::sigmoid, "sigmoid", [](double x) { return 1 / (1 + std::exp(-x)); }},
@@ -33,8 +34,8 @@ void check_row(const char* name, int64_t n, int64_t offset, const std::function<
   kernel(out.data());
   expect(out.intact(), "%s of %d wrote outside its output", name, static_cast<int>(n));
   for (int64_t i = 0; i < n; ++i)
-    if (!expect(near(out[i], formula(i), relative, absolute), "%s of %d: element %d is %.9g, the formula gives %.9g", name,
-                static_cast<int>(n), static_cast<int>(i), static_cast<double>(out[i]), formula(i)))
+    if (!expect(near(out[i], formula(i), relative, absolute), "%s of %d: element %d is %.9g, the formula gives %.9g",
+                name, static_cast<int>(n), static_cast<int>(i), static_cast<double>(out[i]), formula(i)))
       return;
 }
 
@@ -50,7 +51,8 @@ void check_norm(const Kernels& k, NormKind kind, int64_t n, int64_t offset) {
   const auto plain = [&](int64_t i) { return (x[i] - mean) / std::sqrt(square + 1e-5); };
   check_row(name, n, offset, [&](float* out) { k.norm(kind, x.data(), n, weight.data(), bias.data(), 1e-5f, out); },
             [&](int64_t i) { return plain(i) * weight[i] + bias[i]; }, 3e-6, 3e-6);
-  check_row(name, n, offset, [&](float* out) { k.norm(kind, x.data(), n, nullptr, nullptr, 1e-5f, out); }, plain, 3e-6, 3e-6);
+  check_row(name, n, offset, [&](float* out) { k.norm(kind, x.data(), n, nullptr, nullptr, 1e-5f, out); }, plain,
+            3e-6, 3e-6);
   check_row(name, n, offset, [&](float* out) {                       // in place
     std::copy(values.begin(), values.end(), out);
     k.norm(kind, out, n, weight.data(), nullptr, 1e-5f, out);
@@ -68,10 +70,13 @@ void check_alignment(const Kernels& k) {
   for (int64_t offset = 0; offset < 64; offset += 4) {
     const Exact<float> x(values, offset);
     k.norm(NormKind::rms, x.data(), 157, weight.data(), nullptr, 1e-6f, moved.data());
-    expect(same_bits(moved.data(), norm.data(), 157), "norm: other bits %d bytes past a cache line", static_cast<int>(offset));
+    expect(same_bits(moved.data(), norm.data(), 157), "norm: other bits %d bytes past a cache line",
+           static_cast<int>(offset));
     k.activation(ActivationKind::silu, x.data() + 3, 154, moved.data());
-    expect(same_bits(moved.data(), silu.data() + 3, 154), "silu: other bits %d bytes past a cache line", static_cast<int>(offset));
-    expect(k.logsumexp(x.data(), 157) == total, "logsumexp: other bits %d bytes past a cache line", static_cast<int>(offset));
+    expect(same_bits(moved.data(), silu.data() + 3, 154), "silu: other bits %d bytes past a cache line",
+           static_cast<int>(offset));
+    expect(k.logsumexp(x.data(), 157) == total, "logsumexp: other bits %d bytes past a cache line",
+           static_cast<int>(offset));
   }
 }
 
@@ -103,14 +108,19 @@ void check_elementwise(const Kernels& k, int64_t n, int64_t offset) {
   const auto check = [&](const char* name, const auto& kernel, const auto& formula, double relative) {
     check_row(name, n, offset, kernel, formula, relative, 1e-6);
   };
-  check("add", [&](float* out) { k.add(a.data(), b.data(), n, out); }, [&](int64_t i) { return double{a[i]} + b[i]; }, 1e-6);
-  check("multiply", [&](float* out) { k.multiply(a.data(), b.data(), n, out); }, [&](int64_t i) { return double{a[i]} * b[i]; }, 1e-6);
-  check("scale", [&](float* out) { k.scale(a.data(), 0.37f, n, out); }, [&](int64_t i) { return double{a[i]} * 0.37f; }, 1e-6);
-  check("softcap", [&](float* out) { k.softcap(a.data(), 2.5f, n, out); }, [&](int64_t i) { return 2.5 * std::tanh(a[i] / 2.5); }, 2e-6);
+  check("add", [&](float* out) { k.add(a.data(), b.data(), n, out); }, [&](int64_t i) { return double{a[i]} + b[i]; },
+        1e-6);
+  check("multiply", [&](float* out) { k.multiply(a.data(), b.data(), n, out); },
+        [&](int64_t i) { return double{a[i]} * b[i]; }, 1e-6);
+  check("scale", [&](float* out) { k.scale(a.data(), 0.37f, n, out); },
+        [&](int64_t i) { return double{a[i]} * 0.37f; }, 1e-6);
+  check("softcap", [&](float* out) { k.softcap(a.data(), 2.5f, n, out); },
+        [&](int64_t i) { return 2.5 * std::tanh(a[i] / 2.5); }, 2e-6);
   for (const Activation& act : kActivations) {
     check(act.name, [&](float* out) { k.gate(act.kind, a.data(), b.data(), n, out); },
           [&](int64_t i) { return act.formula(a[i]) * b[i]; }, 3e-6);
-    check(act.name, [&](float* out) { k.activation(act.kind, a.data(), n, out); }, [&](int64_t i) { return act.formula(a[i]); }, 3e-6);
+    check(act.name, [&](float* out) { k.activation(act.kind, a.data(), n, out); },
+          [&](int64_t i) { return act.formula(a[i]); }, 3e-6);
   }
 }
 
@@ -128,9 +138,11 @@ void check_tails(const Kernels& k) {
   const float ends[] = {-INFINITY, -1000, 1000, INFINITY, NAN};
   float out[5];
   k.activation(ActivationKind::sigmoid, ends, 5, out);
-  expect(out[0] == 0 && out[1] == 0 && out[2] == 1 && out[3] == 1 && std::isnan(out[4]), "sigmoid of infinities and NaN");
+  expect(out[0] == 0 && out[1] == 0 && out[2] == 1 && out[3] == 1 && std::isnan(out[4]),
+         "sigmoid of infinities and NaN");
   k.activation(ActivationKind::tanh, ends, 5, out);
-  expect(out[0] == -1 && out[1] == -1 && out[2] == 1 && out[3] == 1 && std::isnan(out[4]), "tanh of infinities and NaN");
+  expect(out[0] == -1 && out[1] == -1 && out[2] == 1 && out[3] == 1 && std::isnan(out[4]),
+         "tanh of infinities and NaN");
 }
 
 // --- over a vocabulary
@@ -145,7 +157,8 @@ double log_sum(const std::vector<float>& x) {
 void check_logsumexp(const Kernels& k, int64_t n) {
   Random random(static_cast<uint64_t>(n + 5));
   std::vector<float> x = random.normals(n, 4);
-  expect(near(k.logsumexp(Exact<float>(x, 4).data(), n), log_sum(x), 2e-7, 2e-7), "logsumexp of %d", static_cast<int>(n));
+  expect(near(k.logsumexp(Exact<float>(x, 4).data(), n), log_sum(x), 2e-7, 2e-7), "logsumexp of %d",
+         static_cast<int>(n));
   for (int64_t i = 0; i + 1 < n; i += 3) x[static_cast<size_t>(i)] = -INFINITY;
   expect(near(k.logsumexp(x.data(), n), log_sum(x), 2e-7, 2e-7), "logsumexp of %d with -infinity", static_cast<int>(n));
   const std::vector<float> nothing(static_cast<size_t>(n), -INFINITY);
@@ -164,9 +177,11 @@ void check_divergence(const Kernels& k, int64_t n) {
   expect(k.divergence(p.data(), p.data(), n) == 0, "divergence of %d from itself", static_cast<int>(n));
   p.push_back(-INFINITY);
   q.push_back(-INFINITY);
-  expect(near(k.divergence(p.data(), q.data(), n + 1), kl, 1e-4, 2e-7), "divergence of %d with what neither says", static_cast<int>(n));
+  expect(near(k.divergence(p.data(), q.data(), n + 1), kl, 1e-4, 2e-7), "divergence of %d with what neither says",
+         static_cast<int>(n));
   p.back() = 1;
-  expect(k.divergence(p.data(), q.data(), n + 1) == HUGE_VAL, "divergence of %d from what says never", static_cast<int>(n));
+  expect(k.divergence(p.data(), q.data(), n + 1) == HUGE_VAL, "divergence of %d from what says never",
+         static_cast<int>(n));
 }
 
 void check_argmax(const Kernels& k, int64_t n) {

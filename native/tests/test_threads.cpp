@@ -21,7 +21,8 @@ void check_phases(int threads, int64_t count, int rounds) {
     int64_t wanted = 0;
     for (int64_t round = 0; round < rounds; ++round) wanted += ((cell - round) % count + count) % count;
     if (!expect(cells[static_cast<size_t>(cell)] == wanted, "pool: %d threads, cell %d is %lld, not %lld", threads,
-                static_cast<int>(cell), static_cast<long long>(cells[static_cast<size_t>(cell)]), static_cast<long long>(wanted)))
+                static_cast<int>(cell), static_cast<long long>(cells[static_cast<size_t>(cell)]),
+                static_cast<long long>(wanted)))
       return;
   }
 }
@@ -47,7 +48,8 @@ struct Model {
       : embed(Kind::f16, kVocabulary, kWidth, 0, 1), q(Kind::int4, kHeads * kHeadDim, kWidth, 32, 2),
         k(Kind::int8, kKvHeads * kHeadDim, kWidth, 32, 3), v(Kind::codebook4, kKvHeads * kHeadDim, kWidth, 32, 4),
         o(Kind::bf16, kWidth, kHeads * kHeadDim, 0, 5), gate(Kind::int4, kInner, kWidth, 32, 6),
-        up(Kind::int4, kInner, kWidth, 32, 7), down(Kind::int8, kWidth, kInner, 64, 8), head(Kind::int8, kVocabulary, kWidth, 32, 9),
+        up(Kind::int4, kInner, kWidth, 32, 7), down(Kind::int8, kWidth, kInner, 64, 8),
+        head(Kind::int8, kVocabulary, kWidth, 32, 9),
         norm(kWidth, 1.1f) {}
   TestWeight embed, q, k, v, o, gate, up, down, head;
   std::vector<float> norm;
@@ -67,8 +69,9 @@ std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threa
   const Sizes sizes{64, kTokens, 2, kTokens, 16, 8, KvKind::bf16, threads};
   auto program = std::make_unique<Program>(kernels, sizes);
   Arrangement at;
-  const Value x = at.take(kWidth), q = at.take(kHeads * kHeadDim), k = at.take(kKvHeads * kHeadDim), v = at.take(kKvHeads * kHeadDim),
-              mixed = at.take(kHeads * kHeadDim), y = at.take(kWidth), inner = at.take(kInner), z = at.take(kWidth),
+  const Value x = at.take(kWidth), q = at.take(kHeads * kHeadDim), k = at.take(kKvHeads * kHeadDim),
+              v = at.take(kKvHeads * kHeadDim), mixed = at.take(kHeads * kHeadDim), y = at.take(kWidth),
+              inner = at.take(kInner), z = at.take(kWidth),
               rows = at.take(kWidth, true), logits = at.take(kVocabulary, true);
   const NormSpec norm{NormKind::rms, 1, m.norm.data(), nullptr, 1e-5f};
   AttentionArgs attention{};
@@ -80,14 +83,16 @@ std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threa
                           std::optional<ActivationKind> gate, std::optional<Value> residual) {
     std::vector<LinearStep::Part> parts;
     for (const TestWeight* weight : weights) parts.push_back({weight->view(), nullptr});
-    program->add(std::make_unique<LinearStep>(kernels, sizes, program->tuning(), in, normed ? std::optional(norm) : std::nullopt,
+    program->add(std::make_unique<LinearStep>(kernels, sizes, program->tuning(), in,
+                                              normed ? std::optional(norm) : std::nullopt,
                                               std::move(parts), std::move(outs), gate, residual));
   };
   program->set_vocabulary(kVocabulary);
   const RopeTable& rope = program->rope({1.0f, 0.3f, 0.1f, 0.03f, 0.01f, 0.003f}, 1);
   program->add(std::make_unique<EmbedStep>(m.embed.view(), 1.0f, x));
   linear(x, true, {&m.q, &m.k, &m.v}, {q, k, v}, std::nullopt, std::nullopt);
-  program->add(std::make_unique<AttentionStep>(kernels, sizes, attention, std::nullopt, std::nullopt, &rope, q, k, v, mixed));
+  program->add(std::make_unique<AttentionStep>(kernels, sizes, attention, std::nullopt, std::nullopt, &rope, q, k, v,
+                                               mixed));
   linear(mixed, false, {&m.o}, {y}, std::nullopt, x);
   linear(y, true, {&m.gate, &m.up}, {inner}, ActivationKind::silu, std::nullopt);
   linear(inner, false, {&m.down}, {z}, std::nullopt, y);
@@ -136,7 +141,8 @@ void test_program(const Kernels& k) {
   const std::vector<float> alone = logits_of(k, model, 1, {kTokens});
   const auto same = [&](int threads, const std::vector<int64_t>& chunks, const char* how) {
     const std::vector<float> other = logits_of(k, model, threads, chunks);
-    expect(same_bits(other.data(), alone.data(), static_cast<int64_t>(alone.size())), "program: other bits with %d threads%s", threads, how);
+    expect(same_bits(other.data(), alone.data(), static_cast<int64_t>(alone.size())),
+           "program: other bits with %d threads%s", threads, how);
   };
   for (const float value : alone)
     if (!expect(std::isfinite(value), "program: a logit is %g", static_cast<double>(value))) break;

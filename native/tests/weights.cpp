@@ -59,7 +59,9 @@ void TestWeight::draw_integers(Random& random, bool unit_scales) {
       if (row >= view_.rows && view_.kind == Kind::codebook4) code = 0;
       const int64_t lane = row % 16 * 4 + column % 4, panel = row / 16;
       if (bytes) codes_[(panel * (padded / 4) + column / 4) * 64 + lane] = static_cast<uint8_t>(code);
-      else codes_[(panel * (padded / 8) + column / 8) * 64 + lane] |= static_cast<uint8_t>(column % 8 < 4 ? code : code << 4);
+      else
+        codes_[(panel * (padded / 8) + column / 8) * 64 + lane] |=
+            static_cast<uint8_t>(column % 8 < 4 ? code : code << 4);
       if (!inside) continue;
       const int64_t level = bytes ? code - 128 : view_.kind == Kind::int4 ? code - 8 : codebook_[code] - 64;
       levels_[static_cast<size_t>(row * view_.columns + column)] = static_cast<int32_t>(level);
@@ -79,7 +81,8 @@ void TestWeight::draw_floats(Random& random) {
         continue;
       }
       const bool half = view_.kind == Kind::f16;
-      const uint16_t code = half ? random_half(random, 8, 20) : static_cast<uint16_t>(float_as_bits(random.normal()) >> 16);
+      const uint32_t bits = float_as_bits(random.normal());
+      const uint16_t code = half ? random_half(random, 8, 20) : static_cast<uint16_t>(bits >> 16);
       reinterpret_cast<uint16_t*>(codes_.data())[((panel * pairs + column / 2) * 16 + lane) * 2 + column % 2] = code;
       value = half ? half_value(code) : bf16_value(code);
     }

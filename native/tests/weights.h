@@ -1,11 +1,12 @@
-// Random weights of every kind, packed by the layouts that native/core.h states, with their values in float64 beside them.
+// Random weights of every kind, packed by the layouts that native/core.h states, their values in float64 beside them.
 #pragma once
 #include "check.h"
 
 namespace hasten::test {
 
 struct KindName { Kind kind; const char* name; };
-inline constexpr KindName kIntKinds[] = {{Kind::int8, "int8"}, {Kind::int4, "int4"}, {Kind::codebook4, "codebook4"}};
+inline constexpr KindName kIntKinds[] = {
+    {Kind::int8, "int8"}, {Kind::int4, "int4"}, {Kind::codebook4, "codebook4"}};
 inline constexpr KindName kFloatKinds[] = {{Kind::f32, "f32"}, {Kind::f16, "f16"}, {Kind::bf16, "bf16"}};
 
 class TestWeight {
@@ -15,7 +16,9 @@ class TestWeight {
   const Weight& view() const { return view_; }
   double value(int64_t row, int64_t column) const { return values_[static_cast<size_t>(row * view_.columns + column)]; }
   // value / scale, an integer.
-  int64_t level(int64_t row, int64_t column) const { return levels_[static_cast<size_t>(row * view_.columns + column)]; }
+  int64_t level(int64_t row, int64_t column) const {
+    return levels_[static_cast<size_t>(row * view_.columns + column)];
+  }
   double scale(int64_t row, int64_t column) const;
 
  private:

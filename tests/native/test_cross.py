@@ -1,4 +1,4 @@
-"""The NEON kernels, cross-compiled and run under user-mode emulation: what native/tests checks, on processors we lack."""
+"""The NEON kernels, cross-compiled and emulated: what native/tests checks, on processors that we lack."""
 
 from __future__ import annotations
 
