@@ -117,7 +117,7 @@ struct AttentionArgs {
 
 // Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
 struct Kernels {
-  const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16"
+  const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
 
   // --- isa/matmul
@@ -159,6 +159,9 @@ const Kernels* avx2_kernels();          // null where not compiled in
 const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* neon_kernels();                   // ARMv8.0
+const Kernels* neon_dotprod_kernels();           // with products of bytes that add up four
+const Kernels* neon_i8mm_kernels();              // with products of matrices of bytes
 const Kernels* avx2_vnni_emulated_kernels();     // for tests where the instruction is missing
 const Kernels* avx512_bf16_emulated_kernels();
 const Kernels* avx512_emulated_kernels();        // every instruction: HASTEN_EMULATE_AVX512
