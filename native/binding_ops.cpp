@@ -163,7 +163,8 @@ nb::tuple sample(const std::string& isa, Floats logits, float temperature, int32
                 static_cast<int64_t>(history.size()), prompt_length};
   SampleResult result{};
   static SampleScratch scratch;   // reused, so that tests would see what a call leaves behind
-  sample_row(table(isa), logits.data(), static_cast<int64_t>(logits.size()), row, result, scratch);
+  const auto n = static_cast<int64_t>(logits.size());
+  sample_row(table(isa), logits.data(), n, reduce_row(table(isa), logits.data(), n), row, result, scratch);
   return nb::make_tuple(result.token, result.logprob);
 }
 
@@ -172,7 +173,8 @@ nb::tuple top(const std::string& isa, Floats logits, int64_t count) {
   const auto size = static_cast<size_t>(std::min<int64_t>(count, static_cast<int64_t>(logits.size())));
   auto tokens = make<int32_t>({size});
   auto values = make<float>({size});
-  top_logprobs(table(isa), logits.data(), static_cast<int64_t>(logits.size()), count, tokens.data(), values.data(), scratch);
+  const auto n = static_cast<int64_t>(logits.size());
+  top_logprobs(logits.data(), n, reduce_row(table(isa), logits.data(), n), count, tokens.data(), values.data(), scratch);
   return nb::make_tuple(tokens, values);
 }
 

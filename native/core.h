@@ -77,9 +77,9 @@ struct KvLayer {
 // the fold is the same whoever makes the parts.
 inline constexpr int64_t kSpanKeys = 512;
 inline constexpr int64_t span_blocks(int64_t block_size) { return block_size < kSpanKeys ? kSpanKeys / block_size : 1; }
-// Floats of a partial result of so many query rows: maxima, sums, outputs.
+// Floats of a partial result of so many query rows: maxima, sums (both read sixteen at a time), outputs.
 inline constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) {
-  return round_up(2 * rows, 16) + rows * round_up(head_dim, 16);
+  return round_up(2 * (rows + 16), 16) + rows * round_up(head_dim, 16);
 }
 
 // Attention of a ragged batch over one layer's cache.

@@ -82,7 +82,7 @@ inline void attend_one(const Rows& rows, int64_t sequence, int64_t kv_head, int6
 inline void join(const Rows& rows, const Partial& span) {
   for (int64_t row0 = 0; row0 < rows.count; row0 += 16) {
     const int64_t count = rows.count - row0 < 16 ? rows.count - row0 : 16;
-    const Factors f = merge(rows.whole, row0, count, simd::load(span.most + row0, count), simd::load(span.total + row0, count));
+    const Factors f = merge(rows.whole, row0, count, simd::load(span.most + row0), simd::load(span.total + row0));
     for (int64_t r = 0; r < count; ++r) {
       if (span.total[row0 + r] == 0) continue;
       const V keep = simd::set(f.keep[r]), take = simd::set(f.take[r]);
@@ -96,7 +96,7 @@ inline void join(const Rows& rows, const Partial& span) {
 // --- one call
 
 inline Partial partial_at(float* at, int64_t rows, int64_t width) {
-  return {at, at + rows, at + partial_floats(rows, width) - rows * width};
+  return {at, at + rows + 16, at + partial_floats(rows, width) - rows * width};
 }
 
 // Cuts the scratch into a call's arrays; with null scratch only counts. Returns the bytes.
@@ -143,7 +143,7 @@ inline Rows take_rows(const AttentionArgs& a, int64_t sequence, int64_t kv_head,
       const float* q = a.q + token * a.q_stride + head * head_dim;
       for (int64_t d = 0; d < head_dim; d += 16) {
         const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
-        simd::store(rows.query + r * head_dim + d, simd::mul(simd::load(q + d, lanes), scale), lanes);
+        write(rows.query + r * head_dim + d, simd::mul(read(q + d, lanes), scale), lanes);
       }
     }
   return rows;
@@ -156,8 +156,7 @@ inline void finish(const Rows& rows, int64_t kv_head, int64_t token0) {
     float* out = a.out + (token0 + r / group) * a.out_stride + (kv_head * group + r % group) * head_dim;
     const V total = simd::set(rows.whole.total[r]);
     for (int64_t d = 0; d < head_dim; d += 16)
-      simd::store(out + d, simd::div(simd::load(rows.whole.output + r * rows.width + d), total),
-                  head_dim - d < 16 ? head_dim - d : 16);
+      write(out + d, simd::div(simd::load(rows.whole.output + r * rows.width + d), total), head_dim - d);
   }
 }
 
@@ -219,9 +218,9 @@ inline void write_token(const AttentionArgs& a, int64_t sequence, int64_t token)
     for (int64_t d = 0; d < head_dim; d += 16) {
       const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
       T column[16];
-      simd::store(column, simd::load(k + head * head_dim + d, lanes), 16);
+      simd::store(column, read(k + head * head_dim + d, lanes), 16);
       for (int64_t i = 0; i < lanes; ++i) keys[(d + i) * size] = column[i];
-      simd::store(values + d, simd::load(v + head * head_dim + d, lanes), lanes);
+      simd::store(values + d, read(v + head * head_dim + d, lanes), lanes);
     }
   }
 }
@@ -231,7 +230,7 @@ inline void write_token(const AttentionArgs& a, int64_t sequence, int64_t token)
 inline uint16_t quantise_row(const float* x, int64_t n, int8_t* codes, int64_t stride) {
   V most = simd::zero(), bad = simd::zero();
   for (int64_t d = 0; d < n; d += 16) {
-    const V v = simd::load(x + d, n - d < 16 ? n - d : 16);
+    const V v = read(x + d, n - d);
     most = simd::maximum(simd::absolute(v), most);
     bad = simd::fma(v, simd::zero(), bad);
   }
@@ -245,7 +244,7 @@ inline uint16_t quantise_row(const float* x, int64_t n, int8_t* codes, int64_t s
   for (int64_t d = 0; d < n; d += 16) {
     const int64_t lanes = n - d < 16 ? n - d : 16;
     float shifted[16];
-    simd::store(shifted, simd::add(simd::mul(simd::load(x + d, lanes), inverse), magic));
+    simd::store(shifted, simd::add(simd::mul(read(x + d, lanes), inverse), magic));
     for (int64_t i = 0; i < lanes; ++i) {
       uint32_t code;
       memcpy(&code, shifted + i, sizeof code);

@@ -19,6 +19,14 @@ inline constexpr int64_t kTileKeys = 64;      // of a tile, or one block where t
 inline constexpr int kTileBlocks = 4;         // at most: blocks have 16 tokens or more
 inline constexpr int kMostRows = simd::kMostRows;
 
+// Masked moves are slow on some processors: they are for tails only.
+template <class T>
+HASTEN_INLINE V read(const T* p, int64_t lanes) { return lanes >= 16 ? simd::load(p) : simd::load(p, lanes); }
+HASTEN_INLINE void write(float* p, V a, int64_t lanes) {
+  if (lanes >= 16) simd::store(p, a);
+  else simd::store(p, a, lanes);
+}
+
 // --- out[row][column] = sum over i of weights[row][i] * matrix[i][column], one fused chain per element, i ascending
 
 template <class T>
@@ -26,7 +34,7 @@ struct Piece {                        // of a matrix that does not stand in one 
   const T* matrix;
   const float* weights;               // of row 0
   int64_t begin, end;                 // of i
-  int64_t ahead;                      // elements from here to the matrix that is wanted next: fetched in passing
+  int64_t ahead;                      // elements from here to the matrix that is wanted next
 };
 
 template <class T>
@@ -37,7 +45,7 @@ struct Product {
   int64_t first, last;                // columns, multiples of 16
 };
 
-// `fold(row, column, part)` takes the results.
+// `fold(row, column, part)` takes the results. With `fetch`, as much of the next matrix is asked for as this one has been read.
 template <int R, int C, bool fetch, class T, class Fold>
 HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) {
   P sums[R][C];
@@ -46,14 +54,17 @@ HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) 
   const int64_t step = p.weight_stride, stride = p.stride;
   for (const Piece<T>* piece = p.pieces; piece != p.pieces + p.count; ++piece) {
     const T* line = piece->matrix + piece->begin * stride + column;
-    const int64_t ahead = piece->ahead;
+    const T* next = piece->matrix + piece->ahead + (column - p.first) * (piece->end - piece->begin);
     // Two pointers and one stride reach eight rows without a register for each.
     const float *low = piece->weights + piece->begin, *high = low + 4 * step, *end = piece->weights + piece->end;
 #pragma GCC unroll 2
     for (; low < end; ++low, ++high, line += stride) {
       P values[C];
       for (int c = 0; c < C; ++c) values[c] = simd::part_load(line + simd::kPart * c);
-      if constexpr (fetch) __builtin_prefetch(line + ahead);
+      if constexpr (fetch) {
+        __builtin_prefetch(next);
+        next += simd::kPart * C;
+      }
       for (int r = 0; r < R; ++r) {
         const P weight = simd::part_set(r < 4 ? low[r * step] : high[(r - 4) * step]);
         for (int c = 0; c < C; ++c) sums[r][c] = simd::fma(weight, values[c], sums[r][c]);
@@ -93,7 +104,7 @@ HASTEN_INLINE void product(int rows, const Product<T>& p, Fold fold) {
 // --- partial results of rows
 
 struct Partial {
-  float *most, *total;                // [rows] maximum of the scores, in units of log 2; sum of 2^(score - most), 0: saw nothing
+  float *most, *total;                // [rows, and room for 16 more] maximum of the scores, in units of log 2; sum of 2^(score - most), 0: saw nothing
   float* output;                      // [rows][width]
 };
 
@@ -102,16 +113,18 @@ struct Factors { float keep[16], take[16]; };
 
 // Rows row0.. of `into` take in up to 16 rows' maxima and sums; rows whose sum is 0 saw nothing and change nothing.
 inline Factors merge(const Partial& into, int64_t row0, int64_t rows, V most, V total) {
-  const V before = simd::load(into.most + row0, rows), old_total = simd::load(into.total + row0, rows);
+  const V before = simd::load(into.most + row0), old_total = simd::load(into.total + row0);
   const V highest = simd::maximum(most, before);
   const V kept = simd::exp2_nonpositive(simd::sub(before, highest)), taken = simd::exp2_nonpositive(simd::sub(most, highest));
-  const simd::M unseen = simd::equal(total, simd::zero());
+  // Rows past the end keep what stands there.
+  const V counted = simd::select(simd::lanes(0, rows), total, simd::zero());
+  const simd::M unseen = simd::equal(counted, simd::zero());
   const V sum = simd::add(simd::mul(old_total, kept), simd::mul(total, taken));
   Factors f;
   simd::store(f.keep, kept);
   simd::store(f.take, taken);
-  simd::store(into.most + row0, simd::select(unseen, before, highest), rows);
-  simd::store(into.total + row0, simd::select(unseen, old_total, sum), rows);
+  simd::store(into.most + row0, simd::select(unseen, before, highest));
+  simd::store(into.total + row0, simd::select(unseen, old_total, sum));
   return f;
 }
 
@@ -288,7 +301,7 @@ inline Tile<float> widen(const Rows& rows, const Tile<T>& tile) {
         const int64_t left = head_dim - d;
         const T* from = tile.values[b] + j * head_dim + d;
         __builtin_prefetch(from + tile.ahead[b]);
-        simd::store(values + j * rows.width + d, left >= 16 ? simd::load(from) : simd::load(from, left));
+        simd::store(values + j * rows.width + d, read(from, left));
       }
   }
   return {tile.position, 1,       {rows.key_tile}, {rows.value_tile}, tile.blocks * tile.size, rows.tile_keys, rows.width,

@@ -162,6 +162,31 @@ int32_t draw(const Kernels& kernels, const float* logits, int64_t n, const Sampl
 
 }  // namespace
 
+Reduced reduce_piece(const Kernels& kernels, const float* logits, int64_t n, int64_t piece, bool sums) {
+  const int64_t begin = piece * kVocabularyPiece, count = std::min(kVocabularyPiece, n - begin);
+  return {sums ? kernels.logsumexp(logits + begin, count) : 0.0, begin + kernels.argmax(logits + begin, count)};
+}
+
+Reduced reduce_fold(const float* logits, const Reduced* pieces, int64_t count) {
+  Reduced row = pieces[0];
+  double most = pieces[0].logsumexp, total = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const float best = logits[row.likeliest], next = logits[pieces[i].likeliest];
+    if (next > best || (best != best && next == next)) row.likeliest = pieces[i].likeliest;
+    most = std::max(most, pieces[i].logsumexp);
+  }
+  if (count == 1 || most == -std::numeric_limits<double>::infinity()) return row;
+  for (int64_t i = 0; i < count; ++i) total += std::exp(pieces[i].logsumexp - most);
+  row.logsumexp = most + std::log(total);
+  return row;
+}
+
+Reduced reduce_row(const Kernels& kernels, const float* logits, int64_t n) {
+  std::vector<Reduced> pieces(static_cast<size_t>(vocabulary_pieces(n)));
+  for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = reduce_piece(kernels, logits, n, static_cast<int64_t>(i));
+  return reduce_fold(logits, pieces.data(), static_cast<int64_t>(pieces.size()));
+}
+
 uint64_t sample_key(uint64_t seed, int64_t position) {
   return mix(mix(seed + kGolden) + kGolden * (static_cast<uint64_t>(position) + 1));
 }
@@ -170,8 +195,8 @@ uint64_t sample_bits(uint64_t key, int64_t token) {
   return mix(key + kGolden * (static_cast<uint64_t>(token) + 1)) >> 11 | 1u;
 }
 
-void sample_row(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, SampleResult& result,
-                SampleScratch& scratch) {
+void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Reduced& known, const SampleRow& row,
+                SampleResult& result, SampleScratch& scratch) {
   const float* adjusted = logits;
   const bool greedy = row.temperature == 0;
   if (row.penalised() || (!greedy && row.temperature != 1)) {
@@ -181,19 +206,18 @@ void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Sa
     if (!greedy)
       for (float& logit : scratch.logits) logit /= row.temperature;
   }
-  result.token = static_cast<int32_t>(greedy ? kernels.argmax(adjusted, n)
-                                             : draw(kernels, adjusted, n, row, scratch.candidates));
-  result.logprob = log_probability(logits, kernels.logsumexp(logits, n), result.token);
+  if (!greedy) result.token = draw(kernels, adjusted, n, row, scratch.candidates);
+  else result.token = static_cast<int32_t>(adjusted == logits ? known.likeliest : kernels.argmax(adjusted, n));
+  result.logprob = log_probability(logits, known.logsumexp, result.token);
 }
 
-void top_logprobs(const Kernels& kernels, const float* logits, int64_t n, int64_t count, int32_t* tokens, float* values,
+void top_logprobs(const float* logits, int64_t n, const Reduced& known, int64_t count, int32_t* tokens, float* values,
                   SampleScratch& scratch) {
   select_top(logits, n, std::min(count, n), scratch.candidates);
   sort_descending(scratch.candidates);
-  const double total = kernels.logsumexp(logits, n);
   for (size_t i = 0; i < scratch.candidates.size(); ++i) {
     tokens[i] = token_of(scratch.candidates[i]);
-    values[i] = log_probability(logits, total, tokens[i]);
+    values[i] = log_probability(logits, known.logsumexp, tokens[i]);
   }
 }
 
