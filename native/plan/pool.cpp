@@ -102,6 +102,7 @@ void Pool::run_erased(int threads, Erased job, void* context) {
   while (static_cast<int>(pool.workers.size()) < threads - 1) {
     const int index = static_cast<int>(pool.workers.size()) + 1;
     auto worker = std::make_unique<Impl::Worker>();
+    pool.workers.reserve(pool.workers.size() + 1);  // nothing may throw once the thread has its worker
     std::thread([&pool, self = worker.get(), index] { pool.work(*self, index); }).detach();
     pool.workers.push_back(std::move(worker));
   }
