@@ -59,15 +59,26 @@ HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) 
     const float *low = piece->weights + piece->begin, *high = low + 4 * step, *end = piece->weights + piece->end;
 #pragma GCC unroll 2
     for (; low < end; ++low, ++high, line += stride) {
-      P values[C];
-      for (int c = 0; c < C; ++c) values[c] = simd::part_load(line + simd::kPart * c);
       if constexpr (fetch) {
         __builtin_prefetch(next);
         next += simd::kPart * C;
       }
-      for (int r = 0; r < R; ++r) {
-        const P weight = simd::part_set(r < 4 ? low[r * step] : high[(r - 4) * step]);
-        for (int c = 0; c < C; ++c) sums[r][c] = simd::fma(weight, values[c], sums[r][c]);
+      const auto weight = [&](int r) { return simd::part_set(r < 4 ? low[r * step] : high[(r - 4) * step]); };
+      // Whichever are fewer stay in registers.
+      if constexpr (R < C) {
+        P weights[R];
+        for (int r = 0; r < R; ++r) weights[r] = weight(r);
+        for (int c = 0; c < C; ++c) {
+          const P value = simd::part_load(line + simd::kPart * c);
+          for (int r = 0; r < R; ++r) sums[r][c] = simd::fma(weights[r], value, sums[r][c]);
+        }
+      } else {
+        P values[C];
+        for (int c = 0; c < C; ++c) values[c] = simd::part_load(line + simd::kPart * c);
+        for (int r = 0; r < R; ++r) {
+          const P one = weight(r);
+          for (int c = 0; c < C; ++c) sums[r][c] = simd::fma(one, values[c], sums[r][c]);
+        }
       }
     }
   }
@@ -86,11 +97,20 @@ inline void product_rows(const Product<T>& p, Fold fold) {
 
 template <bool fetch, class T, class Fold>
 HASTEN_INLINE void product(int rows, const Product<T>& p, Fold fold) {
+  if constexpr (kMostRows > simd::kTileRows) {
+    if (rows > simd::kTileRows) {   // four and the rest: a tile of them all would have more loads than multiply-adds
+      product_rows<4, fetch>(p, fold);
+      Product<T> rest = p;
+      for (int i = 0; i < rest.count; ++i) rest.pieces[i].weights += 4 * p.weight_stride;
+      const auto below = [=](int r, int64_t column, P sum) { fold(r + 4, column, sum); };
+      return rows == 7 ? product_rows<3, false>(rest, below) : product_rows<4, false>(rest, below);
+    }
+  }
   switch (rows) {
     case 1: return product_rows<1, fetch>(p, fold);
     case 2: return product_rows<2, fetch>(p, fold);
 #define HASTEN_ROWS(n) \
-    case n: if constexpr (n <= kMostRows) return product_rows<n, fetch>(p, fold); else return;
+    case n: if constexpr (n <= simd::kTileRows) return product_rows<n, fetch>(p, fold); else return;
     HASTEN_ROWS(3)
     HASTEN_ROWS(4)
     HASTEN_ROWS(5)

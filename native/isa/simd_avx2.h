@@ -13,9 +13,9 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-// Sixteen registers hold 6 x 2 sums beside two parts and a broadcast; 7 or 8 rows, in one pass over the matrix, hold 8 x 1.
+// Sixteen registers hold 6 x 2 sums beside two parts and a broadcast, or 3 x 4 beside three broadcasts and a part.
 inline constexpr int kTileRows = 6, kMostRows = 8, kPart = 8;
-constexpr int tile_parts(int rows) { return rows <= 2 ? 4 : rows <= 6 ? 2 : 1; }
+constexpr int tile_parts(int rows) { return rows <= 3 ? 4 : 2; }
 
 struct V { __m256 lo, hi; };
 struct M { __m256 lo, hi; };

@@ -21,8 +21,8 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-// Tile of the small matrix products in attention.h: `kTileRows` rows of many, or up to kMostRows at once where that reads the
-// matrix once, by tile_parts(rows) parts of kPart columns: as many sums as registers hold. A part is one register.
+// Tile of the small matrix products in attention.h: up to kTileRows rows by tile_parts(rows) parts of kPart columns, as many
+// sums as registers hold; a part is one register. Up to kMostRows (8, or kTileRows) read the cache itself, not a copy.
 inline constexpr int kTileRows = 8, kMostRows = 8, kPart = 16;
 constexpr int tile_parts(int) { return 2; }
 

@@ -84,12 +84,24 @@ void sample(const Program& program, const std::vector<SampleRow>& rows, std::vec
   const int64_t count = static_cast<int64_t>(rows.size());
   if (count == 0) return;
   const std::vector<Reduced> known = reduce(program, count);
+  const int64_t pieces = vocabulary_pieces(logits.width);
+  std::vector<Best> best(count * pieces);
+  for_rows(program, count * pieces, [&](int64_t i) {
+    const int64_t row = i / pieces;
+    if (rows[row].by_pieces(logits.width))
+      best[i] = draw_piece(program.row(logits, row), logits.width, known[row], rows[row], i % pieces);
+  });
   Pool::instance().run(team_for(program, count), [&](Team& team) {
     SampleScratch& own = scratch[team.thread()];
     team.for_each(count, [&](int64_t i) {
       const float* x = program.row(logits, i);
       SampleResult drawn{};
-      sample_row(program.kernels(), x, logits.width, known[i], rows[i], drawn, own);
+      if (rows[i].by_pieces(logits.width)) {
+        drawn.token = draw_fold(best.data() + i * pieces, pieces).token;
+        drawn.logprob = log_probability(x, known[i].logsumexp, drawn.token);
+      } else {
+        sample_row(program.kernels(), x, logits.width, known[i], rows[i], drawn, own);
+      }
       out.tokens[i] = drawn.token;
       out.logprobs[i] = drawn.logprob;
       if (out.top > 0)

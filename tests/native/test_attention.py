@@ -221,8 +221,8 @@ table = np.arange(blocks, dtype=np.int32)[None]
 table[0, : (length - 3 - 40) // size] = 2**31 - 1  # far outside of the cache: reading there ends the process
 q, kv_rows = np.ones((2, 3, dim), np.float32), np.ones((2, 1, dim), np.float32)
 positions, starts = np.array([length - 2, length - 1], np.int32), np.array([0, 2], np.int32)
-out = _native.ops_attention(isa, kv, size, q, kv_rows, kv_rows, keys, values, positions, starts, table, 1.0, 0.0, window, True,
-                            2, in_spans)
+out = _native.ops_attention(isa, kv, size, q, kv_rows, kv_rows, keys, values, positions, starts, table, 1.0,
+                            window=window, query_tile=2, in_spans=in_spans)
 assert np.isfinite(np.asarray(out)).all()
 """
 

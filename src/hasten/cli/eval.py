@@ -51,9 +51,7 @@ def run(options: Options) -> None:
         show(found)
 
 
-def _measure(
-    model: Model, reference: Model | None, windows: list[Int32], context: int, options: Options
-) -> Evaluation:
+def _measure(model: Model, reference: Model | None, windows: list[Int32], context: int, options: Options) -> Evaluation:
     from hasten.engine import memory
     from hasten.evaluate import perplexity
 

@@ -70,7 +70,11 @@ def _attention(fused: Graph, node: Node, limits: Limits, threads: int) -> tuple[
     tile = limits.block_size * max(1, TILE_KEYS // limits.block_size)
     own = rows * (4 * a.head_dim + 8 * width + 32) + 256 + 4 * tile * (SCORE_ROWS + a.head_dim + width + 2)
     spans = -(-limits.context // (limits.block_size * max(1, SPAN_KEYS // limits.block_size)))
-    cut = 4 * min(limits.max_sequences, CUT_SEQUENCES) * spans * (a.heads * (width + 2) + 32 * a.kv_heads) if threads > 1 and spans > 1 else 0
+    cut = (
+        4 * min(limits.max_sequences, CUT_SEQUENCES) * spans * (a.heads * (width + 2) + 32 * a.kv_heads)
+        if threads > 1 and spans > 1
+        else 0
+    )
     return (4 * limits.max_tokens * strides if copied else 0) + cut, own
 
 

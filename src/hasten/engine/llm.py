@@ -45,9 +45,9 @@ class LLM:
 
     `model`: a Hugging Face directory, a hub id, an artifact, or "demo"; or one of them opened. `context`: tokens a
     sequence may have, its prompt included. `max_batch`: sequences computed together; more wait. `threads`: 0 for one a
-    core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes) or "f32". `memory`: bytes that all of it
-    may take, None for what is available.
-    Raises ContextError, InputError, MemoryLimitError (before anything is loaded), and what opening a model raises.
+    core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes) or "f32". `memory`: bytes that all of
+    it may take, None for what is available. Raises ContextError, InputError, MemoryLimitError (before anything is
+    loaded), and what opening a model raises.
     """
 
     def __init__(

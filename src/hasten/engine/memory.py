@@ -64,10 +64,10 @@ def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
 
 
 def kv_format(stored: Iterable[str], asked: str = "auto") -> str:
-    """The cache's format for a model whose matrices are stored so: f32 where one of them is, else bf16; or what was asked.
+    """The cache's format: what was asked for, or f32 where one of the formats that a model is stored in is, else bf16.
 
-    Serving and evaluation both ask here, so that what is measured is what is served. Raises InputError for a format that
-    does not exist.
+    Serving and evaluation both ask here, so that what is measured is what is served. Raises InputError for a format
+    that does not exist.
     """
     if asked == "auto":
         return "f32" if "f32" in stored else "bf16"

@@ -66,7 +66,7 @@ def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: str = "bf16
 def predict(
     models: Sequence[tuple[Graph, Mapping[str, str]]], windows: Sequence[Int32], kv_format: str = "auto"
 ) -> memory.Prediction:
-    """What measuring `models` (graph, format of each matrix) together takes; the first one's cache is in `kv_format`."""
+    """What measuring `models` (graph, format of each matrix) together takes, the first with a cache in `kv_format`."""
     parts = [
         memory.predict(
             graph,
@@ -88,8 +88,8 @@ def measure(
     threads: int = 0,
     report: Report | None = None,
 ) -> Evaluation:
-    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto", and always for the reference: what
-    a model is served with.
+    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto", always the reference's,
+    is what a model is served with.
 
     Raises as `score` does, InputError where the vocabularies differ, BackendError where the backend cannot run a graph.
     """
