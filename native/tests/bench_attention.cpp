@@ -124,6 +124,7 @@ void prefill(const Kernels& k, const Kernels& peak, const Shape& s, KvKind kind,
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IONBF, 0);
   const std::string isa = argc > 1 ? argv[1] : available_isas().front();
   const Kernels* kernels = kernels_for(isa);
   if (kernels == nullptr) {
