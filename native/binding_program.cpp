@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -169,8 +170,8 @@ class Planned {
     if (norm != nullptr) spec = keep(*norm, at(in).width);
     std::optional<ActivationKind> kind;
     if (!gate.empty()) kind = activation_of(gate);
-    program.add(std::make_unique<LinearStep>(program.kernels(), program.sizes(), at(in), spec, std::move(parts),
-                                             std::move(values), kind, optional_at(residual)));
+    program.add(std::make_unique<LinearStep>(program.kernels(), program.sizes(), program.tuning(), at(in), spec,
+                                             std::move(parts), std::move(values), kind, optional_at(residual)));
   }
 
   void attention(int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t layer, int64_t window, float softcap,
@@ -360,6 +361,27 @@ void bind_building(nb::class_<Planned>& c) {
       .def("finish", &Planned::finish, "arena_floats"_a, "output"_a);
 }
 
+using FoundBlocking = std::tuple<std::string, int, int64_t, int64_t, int64_t>;
+
+std::vector<FoundBlocking> found_blockings(Planned& p) {
+  std::vector<FoundBlocking> all;
+  for (const auto& [signature, regime, b] : p.program.tuning().found())
+    all.emplace_back(signature, regime, b.chunks_per_thread, b.tokens, b.tile_bytes);
+  return all;
+}
+
+void bind_tuning(nb::class_<Planned>& c) {
+  c.def("tune", [](Planned& p, bool on) { p.program.tuning().measure(on); }, "on"_a, "Measure how work is best cut, in passing")
+      .def_prop_ro("tuned", [](Planned& p) { return p.program.tuning().found_count(); }, "Choices made so far")
+      .def("blockings", &found_blockings, "(signature, regime, chunks per thread, tokens, tile bytes) of each choice")
+      .def("remember",
+           [](Planned& p, const FoundBlocking& f) {
+             const auto& [signature, regime, chunks, tokens, tile] = f;
+             p.program.tuning().remember({signature, regime, {chunks, tokens, tile}});
+           },
+           "found"_a);
+}
+
 void bind_running(nb::class_<Planned>& c) {
   c.def("step", &Planned::step, "tokens"_a.noconvert(), "positions"_a.noconvert(), "starts"_a.noconvert(),
         "block_tables"_a.noconvert(), "rows"_a.noconvert(), "hidden"_a.noconvert().none())
@@ -408,6 +430,7 @@ void bind_program(nb::module_& m) {
   bind_building(program);
   bind_running(program);
   m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
+  bind_tuning(program);
   m.def("set_fault",
         [](const std::string& name) {
           if (!set_fault(name)) throw std::invalid_argument("unknown fault " + name);

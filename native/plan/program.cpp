@@ -179,7 +179,7 @@ void Program::step(const BatchView& batch) {
   check(batch);
   cut_tiles(batch);
   for (auto& table : ropes_) table->note(batch.positions, batch.token_count);
-  const Run run{kernels_, batch, arena_floats(), shared_.data(), sequences_.data(), tiles_, fault_parts(sizes_, batch)};
+  const Run run{kernels_, batch, arena_floats(), shared_.data(), sequences_.data(), tiles_, fault_parts(sizes_, batch), tuning_};
   Pool::instance().run(sizes_.threads, [&](Team& team) {
     const Worker worker{team, run, scratch_.data() + team.thread() * scratch_stride_};
     int64_t* at = recording_.row(team.thread());
@@ -198,6 +198,7 @@ void Program::step(const BatchView& batch) {
   recording_.over();
   // Where a thread could not be started, nothing ran: the last step's outputs stand, and no new position is known.
   for (auto& table : ropes_) table->filled();
+  tuning_.settle();
   last_tokens_ = batch.token_count;
   last_rows_ = batch.row_count;
 }

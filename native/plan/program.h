@@ -10,6 +10,7 @@
 #include "plan/arena.h"
 #include "plan/pool.h"
 #include "plan/recording.h"
+#include "plan/tuning.h"
 
 namespace hasten {
 
@@ -61,6 +62,7 @@ struct Run {
   const int32_t* sequences;            // [tokens] sequence of each token
   const std::vector<QueryTile>& tiles;
   int fault_parts;                     // see fault.h; 0 always but in tests
+  Tuning& tuning;
 
   int64_t count(const Value& value) const { return value.selected ? batch.row_count : batch.token_count; }
   float* row(const Value& value, int64_t index) const { return arena + value.offset + index * value.stride; }
@@ -143,6 +145,7 @@ class Program {
   const Value& output() const { return output_; }
   int64_t kv_bytes() const;
   int64_t buffer_bytes() const;
+  Tuning& tuning() { return tuning_; }
 
  private:
   float* arena_floats() const { return reinterpret_cast<float*>(arena_.data()); }
@@ -160,6 +163,7 @@ class Program {
     Arena keys, values;
   };
   std::vector<Layer> layers_;
+  Tuning tuning_;
   int64_t vocabulary_ = 0, hidden_width_ = 0;
   Value output_;
   Arena arena_, shared_, scratch_;

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
+from hasten.backends import blocking
 from hasten.backends.batch import Batch, Float32, Int32, Limits, Outputs, Sampled, SamplingBatch
 from hasten.errors import BackendError, ContextError, InputError, MemoryLimitError
 from hasten.formats.base import Weight
@@ -21,12 +22,15 @@ from hasten.graph.memory import plan
 Weights = Mapping[str, "Weight | Float32"]
 
 
-def compile(graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] = (), isa: str = "") -> NativeProgram:
+def compile(
+    graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] = (), isa: str = "", tune: bool = False
+) -> NativeProgram:
     """`graph`, unfused, as a program with a KV cache of its own.
 
     `weights` has a packed Weight for every matrix and a float32 array for every vector; none is copied, all are kept
     alive. `keep` names values that stay readable through `Outputs.value`. `isa` forces an instruction set ("": the
-    best, or what HASTEN_ISA says). Raises ContextError where limits.context is longer than the graph's,
+    best, or what HASTEN_ISA says). `tune`: its first steps find out how work is best cut here, unless an earlier
+    process did; the bits are the same. Raises ContextError where limits.context is longer than the graph's,
     MemoryLimitError where the buffers cannot be had, BackendError for all else that does not fit.
     """
     keep = tuple(keep)
@@ -37,7 +41,7 @@ def compile(graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] 
         raise BackendError(f"no value '{missing[0]}' in this graph to keep")
     fused = fuse(graph, keep)
     try:
-        return NativeProgram(_Planner(fused, weights, limits, keep, isa), limits)
+        return NativeProgram(_Planner(fused, weights, limits, keep, isa), limits, tune)
     except MemoryError:
         raise MemoryLimitError(
             f"no memory for a cache of {limits.kv_blocks} blocks of {limits.block_size} tokens and buffers for "
@@ -61,7 +65,7 @@ class Recording:
 class NativeProgram:
     """A compiled graph with its weights and cache; one step at a time."""
 
-    def __init__(self, planner: _Planner, limits: Limits) -> None:
+    def __init__(self, planner: _Planner, limits: Limits, tune: bool) -> None:
         self.limits = limits
         self._native = planner.program
         self._values = planner.readable
@@ -74,6 +78,10 @@ class NativeProgram:
         self._steps = 0
         self.threads: int = self._native.threads
         self.isa: str = self._native.isa
+        self._tuned = 0
+        if tune:
+            blocking.recall(self._native)
+            self._native.tune(True)
 
     def step(self, batch: Batch) -> NativeOutputs:
         """Run `batch`. Raises ContextError for a position past the context and InputError for every other bad batch."""
@@ -86,6 +94,9 @@ class NativeProgram:
         except TypeError:
             raise InputError(_misfit(batch, _BATCH)) from None
         self._steps += 1
+        if self._native.tuned != self._tuned:
+            self._tuned = self._native.tuned
+            blocking.keep(self._native)
         return NativeOutputs(self, self._steps)
 
     def record(self, runs: int) -> None:
