@@ -429,8 +429,8 @@ void bind_program(nb::module_& m) {
   nb::class_<Planned> program(m, "Program");
   bind_building(program);
   bind_running(program);
-  m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
   bind_tuning(program);
+  m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
   m.def("set_fault",
         [](const std::string& name) {
           if (!set_fault(name)) throw std::invalid_argument("unknown fault " + name);
