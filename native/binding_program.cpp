@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "binding_weight.h"
@@ -65,6 +67,13 @@ struct Rotation {  // one Rope's frequencies
   float factor;
 };
 
+KvKind kv_kind_of(const std::string& name) {
+  const char* names[] = {"f32", "bf16", "int8"};
+  for (int i = 0; i < 3; ++i)
+    if (name == names[i]) return static_cast<KvKind>(i);
+  throw std::invalid_argument("kv_format is '" + name + "', must be 'bf16', 'int8' or 'f32'");
+}
+
 const Kernels& table(const std::string& isa) {
   if (isa.empty()) return active_kernels();
   if (const Kernels* found = kernels_for(isa)) return *found;
@@ -86,9 +95,8 @@ Sizes sizes_of(int64_t context, int64_t max_tokens, int64_t max_sequences, int64
   positive("kv_blocks", kv_blocks);
   require(block_size >= 16 && block_size <= 4096 && block_size % 16 == 0,
           "block_size is " + std::to_string(block_size) + ", must be a multiple of 16");
-  require(kv_format == "f32" || kv_format == "bf16", "kv_format is '" + kv_format + "', must be 'bf16' or 'f32'");
   require(threads >= 0 && threads <= 1024, "threads is " + std::to_string(threads) + ", must be 0 (all granted) to 1024");
-  return {context,   max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_format == "f32" ? KvKind::f32 : KvKind::bf16,
+  return {context,   max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_kind_of(kv_format),
           threads == 0 ? granted_threads() : threads};
 }
 
@@ -278,6 +286,21 @@ class Planned {
     nb::gil_scoped_release release;
     hasten::sample(program, rows, sample_scratch_, out);
   }
+  void record(int64_t runs) {
+    require(finished_ && runs >= 0 && runs < 1 << 20, "a recording of " + std::to_string(runs) + " steps");
+    program.record(runs);
+  }
+  std::pair<int64_t, int64_t> recorded() const {
+    const Program::Use use(program);
+    return {program.recording().runs() * program.sizes().threads, program.recording().row_length()};
+  }
+  void copy_recording(FilledMatrix<int64_t> out) const {
+    const Program::Use use(program);
+    const Recording& recording = program.recording();
+    filled(out.shape(0), recording.runs() * program.sizes().threads);
+    filled(out.shape(1), recording.row_length());
+    std::copy_n(recording.data(), out.size(), out.data());
+  }
   int64_t output_rows() const {
     const Program::Use use(program);
     return wanted_rows();
@@ -377,6 +400,10 @@ void bind_running(nb::class_<Planned>& c) {
            "min_p"_a.noconvert(), "repetition"_a.noconvert(), "presence"_a.noconvert(), "frequency"_a.noconvert(),
            "seed"_a.noconvert(), "position"_a.noconvert(), "history"_a.noconvert(), "prompt_length"_a.noconvert(),
            "tokens"_a.noconvert(), "logprobs"_a.noconvert(), "top_tokens"_a.noconvert(), "top_logprobs"_a.noconvert())
+      .def("record", &Planned::record, "runs"_a, "Record the next steps, this many; 0 ends it")
+      .def("recorded", &Planned::recorded, "(rows, their length), a row for each thread of each run")
+      .def("copy_recording", &Planned::copy_recording, "out"_a.noconvert())
+      .def_prop_ro("step_count", [](const Planned& p) { return p.program.step_count(); })
       .def_prop_ro("output_rows", &Planned::output_rows)
       .def_prop_ro("isa", [](const Planned& p) { return std::string(p.program.kernels().name); })
       .def_prop_ro("threads", [](const Planned& p) { return p.program.sizes().threads; })
@@ -409,6 +436,7 @@ void bind_program(nb::module_& m) {
   bind_building(program);
   bind_running(program);
   bind_tuning(program);
+  m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
   m.def("set_fault",
         [](const std::string& name) {
           if (!set_fault(name)) throw std::invalid_argument("unknown fault " + name);

@@ -62,10 +62,12 @@ KvLayer Program::kv_layer(int64_t layer, int64_t kv_heads, int64_t head_dim) {
       throw std::invalid_argument("cache layer " + text(layer) + " is used with two shapes");
     return known.view;
   }
-  const int64_t element = sizes_.kv == KvKind::bf16 ? 2 : 4;
-  const int64_t bytes = sizes_.kv_blocks * sizes_.block_size * kv_heads * head_dim * element;
-  Layer made{layer, {}, Arena(bytes), Arena(bytes)};
-  made.view = {sizes_.kv, made.keys.data(), made.values.data(), kv_heads, head_dim, sizes_.block_size};
+  Layer made{layer, {sizes_.kv, nullptr, nullptr, kv_heads, head_dim, sizes_.block_size}, {}, {}};
+  const int64_t bytes = sizes_.kv_blocks * kv_heads * made.view.head_bytes();
+  made.keys = Arena(bytes);
+  made.values = Arena(bytes);
+  made.view.keys = made.keys.data();
+  made.view.values = made.values.data();
   layers_.push_back(std::move(made));
   return layers_.back().view;
 }
@@ -168,6 +170,11 @@ Program::Use::Use(const Program& program) : busy_(program.busy_) {
   if (busy_.exchange(true)) throw std::runtime_error("a program runs one step at a time; another thread is in it");
 }
 
+void Program::record(int64_t runs) {
+  const Use use(*this);
+  recording_ = runs == 0 ? Recording() : Recording(runs, sizes_.threads, step_count());
+}
+
 void Program::step(const BatchView& batch) {
   const Use use(*this);
   ++writer_;
@@ -177,9 +184,20 @@ void Program::step(const BatchView& batch) {
   const Run run{kernels_, batch, arena_floats(), shared_.data(), sequences_.data(), tiles_, fault_parts(sizes_, batch), tuning_};
   Pool::instance().run(sizes_.threads, [&](Team& team) {
     const Worker worker{team, run, scratch_.data() + team.thread() * scratch_stride_};
+    int64_t* at = recording_.row(team.thread());
+    if (at != nullptr) team.note_waits(recording_.waits(at), recording_.waits_end(at));
+    const auto mark = [&at] {
+      if (at != nullptr) *at++ = steady_nanoseconds();
+    };
+    mark();
     for (auto& table : ropes_) table->fill(team);
-    for (const auto& step : steps_) step->run(worker);
+    mark();
+    for (const auto& step : steps_) {
+      step->run(worker);
+      mark();
+    }
   });
+  recording_.over();
   // Where a thread could not be started, nothing ran: the last step's outputs stand, and no new position is known.
   for (auto& table : ropes_) table->filled();
   tuning_.settle();

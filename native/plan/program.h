@@ -9,6 +9,7 @@
 #include "core.h"
 #include "plan/arena.h"
 #include "plan/pool.h"
+#include "plan/recording.h"
 #include "plan/tuning.h"
 
 namespace hasten {
@@ -132,6 +133,10 @@ class Program {
 
   // --- running. Throws BatchError or ContextLimitError and changes nothing, where the batch is not well formed.
   void step(const BatchView& batch);
+  // From here on, the next `runs` steps are recorded; 0 ends it. What was recorded before is gone.
+  void record(int64_t runs);
+  const Recording& recording() const { return recording_; }
+  int64_t step_count() const { return static_cast<int64_t>(steps_.size()); }
 
   const Kernels& kernels() const { return kernels_; }
   const Sizes& sizes() const { return sizes_; }
@@ -168,6 +173,7 @@ class Program {
   std::vector<uint64_t> written_;        // [kv_blocks] the step that last wrote a block: it is written once in a step
   uint64_t writer_ = 0;
   int64_t last_tokens_ = 0, last_rows_ = 0;
+  Recording recording_;
   mutable std::atomic<bool> busy_{false};
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,16 @@ def compile(
         raise BackendError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class Recording:
+    """When the threads were where in the recorded steps: nanoseconds of `_native.clock_ns()`, 0 for what never was."""
+
+    marks: npt.NDArray[
+        np.int64
+    ]  # [runs, threads, plan steps + 2] it has entered; rope is ready; each plan step is over
+    waits: npt.NDArray[np.int64]  # [runs, threads, n, 2] it began and ended to wait for the others
+
+
 class NativeProgram:
     """A compiled graph with its weights and cache; one step at a time."""
 
@@ -59,6 +70,10 @@ class NativeProgram:
         self._native = planner.program
         self._values = planner.readable
         self._output = planner.graph.output
+        self.graph = planner.graph
+        """The fused graph."""
+        self.plan = tuple(planner.steps)
+        """Of each plan step, the node of the fused graph that it computes."""
         self._weight_bytes = planner.weight_bytes
         self._steps = 0
         self.threads: int = self._native.threads
@@ -83,6 +98,29 @@ class NativeProgram:
             self._tuned = self._native.tuned
             blocking.keep(self._native)
         return NativeOutputs(self, self._steps)
+
+    def record(self, runs: int) -> None:
+        """Record the next `runs` steps, 0 to end it. What was recorded before is gone; no result's bits change.
+
+        Raises BackendError for a number that cannot be, MemoryLimitError where there is no room for so many.
+        """
+        try:
+            self._native.record(runs)
+        except MemoryError:
+            raise MemoryLimitError(f"no memory to record {runs} steps", "record fewer steps") from None
+        except ValueError as error:
+            raise BackendError(str(error)) from None
+
+    def recording(self) -> Recording:
+        """The steps recorded so far."""
+        rows, length = self._native.recorded()
+        flat = np.empty((rows, length), np.int64)
+        self._native.copy_recording(flat)
+        runs, marks = rows // self.threads, len(self.plan) + 2
+        pairs = max(length - marks, 0) // 2
+        flat = flat.reshape(runs, self.threads, length)
+        waits = flat[..., marks : marks + 2 * pairs].reshape(runs, self.threads, pairs, 2)
+        return Recording(flat[..., :marks], waits)
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights, KV cache and buffers, as allocated; pages of the latter two count once they are used."""
@@ -214,6 +252,7 @@ class _Planner:
             limits.threads,
         )
         self._arrays: dict[int, int] = {}
+        self.steps: list[Node] = []
         buffers = plan(graph, limits.max_tokens, limits.max_rows, keep)
         self.widths, selected = graph.widths(), graph.row_values()
         self.values = {
@@ -222,6 +261,7 @@ class _Planner:
         }
         for node in graph.nodes:
             self._add(node)
+            self.steps += [node] * (self.program.step_count - len(self.steps))
         self.program.finish(buffers.total, self.values[graph.output])
         self.readable = {name: (self.values[name], self.widths[name]) for name in {*keep, graph.output}}
 

@@ -99,11 +99,10 @@ def _error(packer: Packer, name: str, choice: Choice) -> float:
 
 def holdable(tensors: Sequence[Tensor], errors: Losses) -> list[Tensor]:
     """The tensors without the choices whose format cannot hold them (a scale beyond f16, say)."""
-
-    def kept(t: Tensor) -> tuple[Choice, ...]:
-        return tuple(c for c in t.choices if c.is_original or np.isfinite(errors[t.name, c]))
-
-    return [replace(t, choices=kept(t)) for t in tensors]
+    return [
+        replace(t, choices=tuple(c for c in t.choices if c.is_original or np.isfinite(errors[t.name, c])))
+        for t in tensors
+    ]
 
 
 def measure(

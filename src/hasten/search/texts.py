@@ -166,7 +166,8 @@ def slices(windows: Sequence[Int32], tokens: float, most: int = 3) -> list[list[
     total = sum(len(w) for w in windows)
     count = int(max(1, min(most, total // min(tokens, 16384), len(windows))))
     size = min(tokens, total / count)
-    found, rest = [], list(windows)
+    found: list[list[Int32]] = []
+    rest = list(windows)
     for _ in range(count):
         part = take(rest, size)
         rest = rest[len(part) :]
