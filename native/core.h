@@ -19,28 +19,59 @@ inline constexpr int64_t activation_stride(int64_t columns, int64_t element_byte
   return (bytes % 2048 == 0 ? bytes + kAlign : bytes) / element_bytes;
 }
 
-enum class Kind : uint8_t { f32, f16, bf16, int8, int4, codebook4 };
+enum class Kind : uint8_t { f32, f16, bf16, int8, int4, codebook4, int3, codebook3, int2, codebook2, int1, codebook1, sparse8 };
+inline constexpr const char* kKindNames[] = {"f32",       "f16",  "bf16",      "int8", "int4",      "codebook4", "int3",
+                                             "codebook3", "int2", "codebook2", "int1", "codebook1", "sparse8"};
+
+// Bits of a code; 0 where weights are floats or stored unevenly.
+inline constexpr int kind_bits(Kind kind) {
+  constexpr int bits[] = {0, 0, 0, 8, 4, 4, 3, 3, 2, 2, 1, 1, 0};
+  return bits[static_cast<int>(kind)];
+}
+
+inline constexpr bool has_codebook(Kind kind) {
+  return kind == Kind::codebook4 || kind == Kind::codebook3 || kind == Kind::codebook2 || kind == Kind::codebook1;
+}
+
+// sparse8: of 16 rows by 32 columns (512 places) half are stored, wherever they are; the others are zeros.
+inline constexpr int64_t kSparseValues = 256;                        // int8 values, in the order of their places
+inline constexpr int64_t kSparseBlock = kSparseValues + 64;          // then a bit for each place
+
+// Bytes of 32 columns of a panel of quantised weights.
+inline constexpr int64_t unit_bytes(Kind kind) {
+  return kind == Kind::sparse8 ? kSparseBlock : kUnit * kPanel / 8 * kind_bits(kind);
+}
 
 // A matrix [rows, columns], rows in panels of 16 (the last one ragged: absent rows are stored as zeros).
 //   f32        codes: float    [panels][columns][16]
 //   f16, bf16  codes: uint16_t [panels][round_up(columns, 2) / 2][16][2]      two neighbouring columns a lane
-//   int8       codes: uint8_t  [panels][padded / 4][16][4], value = (code - 128) * scale, codes 1..255
-//   int4       codes: uint8_t  [panels][padded / 8][16][4]: byte i holds column 8j+i (low) and 8j+4+i (high);
-//              value = (code - 8) * scale
-//   codebook4  as int4, value = (codebook[code] - 64) * scale, entries 0..127
-// where padded = round_up(columns, 32), padding codes are the zero point (codebook4: any code; activations there are 0),
-// scales: f16 [panels][ceil(columns / group)][16], may be negative.
+//   others     codes: uint8_t [panels][padded / 32][64 * bits], 32 columns a block, which has eight lines of places
+//              [16][4]: four columns of each row. A plane of b bits a place has 8 / b of these lines side by side in each
+//              64 bytes: line l is in bytes l * b / 8 * 64 on, from bit l * b % 8 on. Codes of 1, 2, 4 and 8 bits are one
+//              plane, codes of 3 bits a plane of the low two, then one of the high bit.
+//   int8       value = (code - 128) * scale, codes 1..255
+//   int4, int3 value = (code - 8) * scale, (code - 4) * scale
+//   int2, int1 value = (2 * code - 3) * scale, (2 * code - 1) * scale: no zero, but levels on both sides alike
+//   codebook*  value = (codebook[code] - 64) * scale, entries 0..127
+//   sparse8    codes: uint8_t [panels][padded / 32][320]: 256 values, value = int8 * scale, then 512 bits, one for each
+//              place of the block, line after line, set where a value is stored: 256 are
+// where padded = round_up(columns, 32), padding codes are the zero point (any code where there is none; activations there
+// are 0), scales: f16 [panels][ceil(columns / group)][16], may be negative.
 struct Weight {
   Kind kind;
   int64_t rows, columns, group;       // group: 32, 64 or 128; 0 for f32, f16, bf16
   const void* codes;
   const uint16_t* scales;             // null for f32, f16, bf16
-  const uint8_t* codebook;            // [16], codebook4 only
+  const uint8_t* codebook;            // [2 ^ bits], codebook* only
 
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t padded() const { return round_up(columns, kUnit); }
   int64_t groups() const { return group ? (columns + group - 1) / group : 0; }
   bool is_float() const { return kind <= Kind::bf16; }
+  int64_t panel_bytes() const {       // of `codes`
+    if (kind == Kind::f32) return columns * 64;
+    return is_float() ? round_up(columns, 2) * 32 : padded() / kUnit * unit_bytes(kind);
+  }
 };
 
 // Activations in int8 by row and group: x = code * scale, codes -127..127, zero from `columns` to round_up(columns, 64).
@@ -133,5 +164,7 @@ const Kernels* neon_dotprod_kernels();           // with products of bytes that 
 const Kernels* neon_i8mm_kernels();              // with products of matrices of bytes
 const Kernels* avx2_vnni_emulated_kernels();     // for tests where the instruction is missing
 const Kernels* avx512_bf16_emulated_kernels();
+const Kernels* avx512_emulated_kernels();        // every instruction: HASTEN_EMULATE_AVX512
+const Kernels* avx512_bf16_all_emulated_kernels();
 
 }  // namespace hasten

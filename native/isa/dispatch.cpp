@@ -104,6 +104,10 @@ const Kernels* kernels_for(const std::string& name) {
 #if defined(HASTEN_HAS_AVX512_BF16_EMULATED)
   if (name == "avx512_bf16_emulated" && runs("avx512")) return avx512_bf16_emulated_kernels();
 #endif
+#if defined(HASTEN_HAS_AVX512_EMULATED)
+  if (name == "avx512_emulated" && runs("avx2")) return avx512_emulated_kernels();
+  if (name == "avx512_bf16_emulated" && runs("avx2")) return avx512_bf16_all_emulated_kernels();
+#endif
   for (const Kernels* table : tables())
     if (name == table->name) return table;
   return nullptr;
