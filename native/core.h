@@ -85,17 +85,33 @@ struct Quantised {
 
 enum class NormKind : uint8_t { rms, layer };
 enum class ActivationKind : uint8_t { none, silu, gelu, gelu_tanh, relu, tanh, sigmoid };
-enum class KvKind : uint8_t { f32, bf16 };
+enum class KvKind : uint8_t { f32, bf16, int8 };
 
 // One layer's paged cache. A block holds block_size tokens of every key/value head:
 //   keys   [blocks][kv_heads][head_dim][block_size]      tokens run fastest: a score tile is a broadcast product
 //   values [blocks][kv_heads][block_size][head_dim]
+// int8: value = code * scale, codes -127..127; behind a head's codes of a block stand its scales, bfloat16 [block_size], one
+// for each token's key and one for its value.
 struct KvLayer {
   KvKind kind;
   void* keys;
   void* values;
   int64_t kv_heads, head_dim, block_size;
+
+  int64_t head_bytes() const {        // of one head's keys, or values, in a block
+    const int64_t count = head_dim * block_size;
+    return kind == KvKind::f32 ? 4 * count : kind == KvKind::bf16 ? 2 * count : count + 2 * block_size;
+  }
 };
+
+// Keys that attention folds into one partial result: the unit that threads share where a context is long. Fixed, so that
+// the fold is the same whoever makes the parts.
+inline constexpr int64_t kSpanKeys = 512;
+inline constexpr int64_t span_blocks(int64_t block_size) { return block_size < kSpanKeys ? kSpanKeys / block_size : 1; }
+// Floats of a partial result of so many query rows: maxima, sums (both read sixteen at a time), outputs.
+inline constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) {
+  return round_up(2 * (rows + 16), 16) + rows * round_up(head_dim, 16);
+}
 
 // Attention of a ragged batch over one layer's cache.
 struct AttentionArgs {
@@ -113,6 +129,14 @@ struct AttentionArgs {
   const int32_t* starts;              // [sequences + 1] rows of each sequence
   const int32_t* block_tables;        // [sequences][table_stride]
   int64_t table_stride;
+
+  // The positions begin..end of keys that a row of the batch sees.
+  struct Keys { int64_t begin, end; };
+  Keys seen(int64_t sequence, int64_t token) const {
+    const int64_t position = positions[token];
+    const int64_t end = (causal ? position : positions[starts[sequence + 1] - 1]) + 1;
+    return {window > 0 && position >= window ? position - window + 1 : 0, end};
+  }
 };
 
 // Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
@@ -147,6 +171,12 @@ struct Kernels {
   // Query rows [token0, token1) of the batch, all of one sequence, one key/value head (all query heads that share it).
   void (*attend)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
                  std::byte* scratch);
+  // The same in two steps: partial_floats() of each span of keys (span i: positions from i * span_blocks * block_size), then
+  // all spans from the first row's first to the last row's last, `stride` floats apart, in order.
+  void (*attend_span)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1, int64_t span,
+                      float* partial, std::byte* scratch);
+  void (*attend_join)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
+                      const float* partials, int64_t stride, std::byte* scratch);
   int64_t (*attend_scratch)(const AttentionArgs& a, int64_t tokens); // bytes per thread for a query tile of `tokens`
   double (*logsumexp)(const float* logits, int64_t n);
   // KL(p || q) in nats over the whole vocabulary, both given as logits, accumulated in double.

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import argument, option
+from hasten.cli.cache import Cache
+from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.errors import InputError, OutputError
 
@@ -27,6 +28,7 @@ class Options:
     rounds: int = option(3, help="measurements of each batch size at least; medians are shown")
     random_weights: bool = option(False, help="random weights: a directory with only a config.json is enough")
     format: str | None = option(None, help="weight format of --random-weights (default: the model's dtype)")
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     plot: Path | None = option(None, help="also draw the speeds into this SVG file", metavar="FILE.svg")
     json: bool = option(False, help="print one JSON document")
@@ -47,7 +49,7 @@ def run(options: Options) -> None:
         sizes = {"prompt": options.prompt, "new": options.new, "threads": options.threads}
         name = options.format or model.dtype
         stored = {s.name: name for s in model.graph.matrices()} if options.random_weights else model.formats
-        kv_format = memory.kv_format(stored.values())
+        kv_format = memory.kv_format(stored.values(), options.cache.kv_format)
         limits = latency.limits_for(model.graph, batch=max(options.batch), kv_format=kv_format, **sizes)
         taken = memory.weight_bytes(model.graph, stored)
         memory.require(memory.predict(model.graph, taken, limits, stored), memory.memory()[1])
@@ -55,7 +57,7 @@ def run(options: Options) -> None:
             weights = checkpoint.random_weights(model.graph, name)
         else:
             weights = model.weights(report)
-        subject = latency.load(model.graph, weights, options.batch, **sizes)
+        subject = latency.load(model.graph, weights, options.batch, kv_format=kv_format, **sizes)
         latency.warm_up(subject, max(options.batch))
         peak = machine.peak_resident()  # before the limits are measured: their buffer is not the model's
         timed = latency.time_in_turn(
@@ -74,6 +76,7 @@ def run(options: Options) -> None:
         },
         "prompt": options.prompt,
         "new": options.new,
+        "kv_format": kv_format,
         "memory": {**subject.program.memory(), "peak_resident": peak},
         "runs": [asdict(r) for r in runs],
     }
