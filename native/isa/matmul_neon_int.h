@@ -107,31 +107,35 @@ void multiply(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel
   }
 }
 
-void multiply_plain(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
+void multiply_sparse(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
                     int64_t out_stride, std::byte* scratch) {
   const IntMatmul m{w, x, out, out_stride, 0};
   uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    unpack_plain(w, panel, bytes);
+    unpack_sparse(w, panel, bytes);
     multiply_arranged(m, bytes, panel, tokens);
   }
 }
 
-// Of kinds without a source, panels are unpacked for one token too.
-inline bool has_source(Kind kind) { return kind == Kind::int8 || kind == Kind::int4 || kind == Kind::codebook4; }
-
 inline int64_t int_scratch(const Weight& w, int64_t tokens) {
-  return has_source(w.kind) && tokens <= ManyTokens::kTile ? 0 : w.padded() * kPanel;
+  return w.kind != Kind::sparse8 && tokens <= ManyTokens::kTile ? 0 : w.padded() * kPanel;
 }
 
 void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
                 int64_t out_stride, std::byte* scratch) {
   if (tokens == 0) return;
+  const auto by = [&]<class Source>() { multiply<Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch); };
   switch (w.kind) {
-    case Kind::int8: return multiply<Int8Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
-    case Kind::int4: return multiply<GridSource<Plane<4>, 8>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
-    case Kind::codebook4: return multiply<CodebookSource<Plane<4>>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
-    default: return multiply_plain(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int8: return by.operator()<Int8Source>();
+    case Kind::int4: return by.operator()<GridSource<Plane<4>, 8>>();
+    case Kind::int3: return by.operator()<GridSource<ThreeBits, 4>>();
+    case Kind::int2: return by.operator()<GridSource<Twice<Plane<2>>, 3>>();
+    case Kind::int1: return by.operator()<GridSource<Twice<Plane<1>>, 1>>();
+    case Kind::codebook4: return by.operator()<CodebookSource<Plane<4>>>();
+    case Kind::codebook3: return by.operator()<CodebookSource<ThreeBits>>();
+    case Kind::codebook2: return by.operator()<CodebookSource<Plane<2>>>();
+    case Kind::codebook1: return by.operator()<CodebookSource<Plane<1>>>();
+    default: return multiply_sparse(w, x, tokens, panel0, panel1, out, out_stride, scratch);
   }
 }
 

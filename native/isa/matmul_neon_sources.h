@@ -24,6 +24,25 @@ struct Plane {
   static uint8x16_t codes(const uint8_t* block, int quarter) { return plane_line<width, line>(block, quarter); }
 };
 
+// A plane of the low two bits, then one of the high bit.
+struct ThreeBits {
+  static constexpr int64_t kBlock = 192;
+  static constexpr int kBits = 3;
+  template <int line>
+  static uint8x16_t codes(const uint8_t* block, int quarter) {
+    return vorrq_u8(plane_line<2, line>(block, quarter), vshlq_n_u8(plane_line<1, line>(block + 128, quarter), 2));
+  }
+};
+
+template <class Codes>
+struct Twice {
+  static constexpr int64_t kBlock = Codes::kBlock;
+  template <int line>
+  static uint8x16_t codes(const uint8_t* block, int quarter) {
+    return vshlq_n_u8(Codes::template codes<line>(block, quarter), 1);
+  }
+};
+
 struct Int8Source {
   static constexpr int64_t kBlock = 512;
   static constexpr int32_t kZero = 0;                                // 128 is taken off before
@@ -105,18 +124,36 @@ void unpack_panel(const Weight& w, int64_t panel, uint8_t* bytes) {
     });
 }
 
-// Any kind that `level` knows, slowly, with the zero point taken off.
-void unpack_plain(const Weight& w, int64_t panel, uint8_t* bytes) {
-  for (int64_t c = 0; c < w.padded(); c += 8)
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      int8_t eight[2][16];
-      for (int i = 0; i < 32; ++i) {
-        const int64_t row = quarter * 4 + i % 16 / 4, column = c + i / 16 * 4 + i % 4;
-        eight[i / 16][i % 16] = column < w.columns ? static_cast<int8_t>(level(w, panel, row, column)) : int8_t{0};
-      }
-      store_arranged(bytes + c / kUnit * UnpackedSource::kBlock, static_cast<int>(c % kUnit / 8), quarter,
-                     {vld1q_s8(eight[0]), vld1q_s8(eight[1])});
+// For each mask of eight places, which byte goes to each; one past the eight, which a look-up turns into zero, where none.
+struct Places {
+  uint8_t of[256][8];
+};
+inline constexpr Places kPlaces = [] {
+  Places places{};
+  for (unsigned mask = 0; mask < 256; ++mask)
+    for (unsigned place = 0, next = 0; place < 8; ++place)
+      places.of[mask][place] = mask >> place & 1 ? static_cast<uint8_t>(next++) : uint8_t{8};
+  return places;
+}();
+
+// Half-sparse blocks are counted through from their first place to their last, so they are unpacked whole. Loads go up to
+// eight bytes past the last value, which stay within the block: its mask comes last.
+void unpack_sparse(const Weight& w, int64_t panel, uint8_t* bytes) {
+  const int64_t blocks = w.padded() / kUnit;
+  const uint8_t* block = static_cast<const uint8_t*>(w.codes) + panel * blocks * kSparseBlock;
+  for (int64_t b = 0; b < blocks; ++b, block += kSparseBlock, bytes += UnpackedSource::kBlock) {
+    const uint8_t *values = block, *mask = block + kSparseValues;
+    int8_t lines[8][64];
+    for (int64_t i = 0; i < 64; ++i) {
+      const uint8x8_t eight = vtbl1_u8(vld1_u8(values), vld1_u8(kPlaces.of[mask[i]]));
+      vst1_s8(lines[i / 8] + i % 8 * 8, vreinterpret_s8_u8(eight));
+      values += __builtin_popcount(mask[i]);
     }
+    for (int pair = 0; pair < 4; ++pair)
+      for (int quarter = 0; quarter < 4; ++quarter)
+        store_arranged(bytes, pair, quarter,
+                       {vld1q_s8(lines[2 * pair] + quarter * 16), vld1q_s8(lines[2 * pair + 1] + quarter * 16)});
+  }
 }
 
 }  // namespace

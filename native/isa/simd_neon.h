@@ -14,7 +14,7 @@ namespace simd {
 
 inline constexpr int kLanes = 16;
 // Thirty-two registers hold 6 x 4 sums beside four parts and a broadcast; 7 or 8 rows, in one pass over the matrix, hold 8 x 2.
-inline constexpr int kTileRows = 6, kTileColumns = 1, kMostRows = 8, kPart = 4;
+inline constexpr int kTileRows = 6, kMostRows = 8, kPart = 4;
 constexpr int tile_parts(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
 
 struct V { float32x4_t part[4]; };

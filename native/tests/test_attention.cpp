@@ -1,5 +1,6 @@
 // Attention over a paged cache against a plain float64 softmax, and the same bits however the prompt is cut.
 #include <algorithm>
+#include <optional>
 
 #include "check.h"
 
@@ -38,10 +39,16 @@ struct Sequence {
   std::vector<float> q, k, v;                                        // [length][heads or kv_heads][head_dim]
 };
 
-double stored(float value, KvKind kind) { return kind == KvKind::f32 ? value : bf16_value(nearest_bf16(value)); }
+// Keys or values as a cache of floats keeps them.
+std::vector<double> stored(const std::vector<float>& from, KvKind kind) {
+  std::vector<double> values;
+  for (const float value : from) values.push_back(kind == KvKind::f32 ? value : bf16_value(nearest_bf16(value)));
+  return values;
+}
 
 // softmax(mask(cap(scale q k^T))) v, [length][heads][head_dim]
-std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, float scale) {
+std::vector<double> textbook(const Case& c, const Sequence& s, const std::vector<double>& keys,
+                             const std::vector<double>& values, float scale) {
   std::vector<double> out(s.q.size()), scores(static_cast<size_t>(s.length));
   for (int64_t i = 0; i < s.length; ++i)
     for (int64_t head = 0; head < c.heads; ++head) {
@@ -54,7 +61,7 @@ std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, floa
       for (int64_t j = begin; j < end; ++j) {
         double score = 0;
         for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
-          score += s.q[query + d] * stored(s.k[key(j) + d], kind);
+          score += s.q[query + d] * keys[key(j) + d];
         score *= scale;
         if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
         scores[static_cast<size_t>(j)] = score;
@@ -66,7 +73,7 @@ std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, floa
       }
       for (int64_t j = begin; j < end; ++j)
         for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
-          out[query + d] += scores[static_cast<size_t>(j)] / total * stored(s.v[key(j) + d], kind);
+          out[query + d] += scores[static_cast<size_t>(j)] / total * values[key(j) + d];
     }
   return out;
 }
@@ -75,9 +82,8 @@ std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, floa
 class Cache {
  public:
   Cache(const Case& c, KvKind kind, int64_t context)
-      : blocks_((context + c.block_size - 1) / c.block_size + 2), element_(kind == KvKind::f32 ? 4 : 2),
-        keys_(bytes(c)), values_(bytes(c)) {
-    const uint32_t nan = kind == KvKind::f32 ? 0x7fc00000 : 0x7fc07fc0;
+      : blocks_((context + c.block_size - 1) / c.block_size + 2), keys_(bytes(c, kind)), values_(bytes(c, kind)) {
+    const uint32_t nan = kind == KvKind::f32 ? 0x7fc00000 : 0x7fc07fc0;   // int8: codes of any kind, scales NaN
     for (int64_t i = 0; i < keys_.count(); i += 4) {
       std::memcpy(keys_.data() + i, &nan, 4);
       std::memcpy(values_.data() + i, &nan, 4);
@@ -94,19 +100,34 @@ class Cache {
     layer.block_size = c.block_size;
   }
   bool intact() const { return keys_.intact() && values_.intact(); }
+  // int8: feature d of a key, or a value, is code * scale; the block's scales, bfloat16, stand behind its codes.
+  struct Code { int8_t code; double scale; };
+  Code code(bool value, int64_t position, int64_t head, int64_t d) const {
+    const int64_t size = layer.block_size, count = layer.head_dim * size, slot = position % size;
+    const int64_t block = table[static_cast<size_t>(position / size)] * layer.kv_heads + head;
+    const uint8_t* at = (value ? values_ : keys_).data() + block * (count + 2 * size);
+    uint16_t scale;
+    std::memcpy(&scale, at + count + 2 * slot, 2);
+    return {static_cast<int8_t>(at[value ? slot * layer.head_dim + d : d * size + slot]), bf16_value(scale)};
+  }
   KvLayer layer;
   std::vector<int32_t> table;
 
  private:
-  int64_t bytes(const Case& c) const { return blocks_ * c.kv_heads * c.head_dim * c.block_size * element_; }
-  int64_t blocks_, element_;
+  int64_t bytes(const Case& c, KvKind kind) const {
+    const int64_t count = c.head_dim * c.block_size;
+    const int64_t head = kind == KvKind::f32 ? 4 * count : kind == KvKind::bf16 ? 2 * count : count + 2 * c.block_size;
+    return blocks_ * c.kv_heads * head;
+  }
+  int64_t blocks_;
   Guarded<uint8_t> keys_, values_;
 };
 
 // Feeds the sequence in chunks of these lengths, queries in tiles of `tile` -> [length][heads][head_dim].
 std::vector<float> run(const Kernels& k, const Case& c, KvKind kind, const Sequence& s, float scale,
-                       const std::vector<int64_t>& chunks, int64_t tile) {
-  Cache cache(c, kind, s.length);
+                       const std::vector<int64_t>& chunks, int64_t tile, std::optional<Cache>* kept = nullptr) {
+  std::optional<Cache> own;
+  Cache& cache = (kept == nullptr ? own : *kept).emplace(c, kind, s.length);
   const int64_t q_width = c.heads * c.head_dim, k_width = c.kv_heads * c.head_dim, gap = 5;
   std::vector<float> all;
   int64_t begin = 0;
@@ -169,7 +190,7 @@ const std::vector<Problem>& problems() {
       for (const KvKind kind : {KvKind::f32, KvKind::bf16}) {
         const float scale = 1.7f / std::sqrt(static_cast<float>(c.head_dim));
         Sequence sequence(c, 53, list.size() + 1);
-        std::vector<double> wanted = textbook(c, kind, sequence, scale);
+        std::vector<double> wanted = textbook(c, sequence, stored(sequence.k, kind), stored(sequence.v, kind), scale);
         list.push_back({c, kind, scale, std::move(sequence), std::move(wanted)});
       }
     return list;
@@ -177,24 +198,52 @@ const std::vector<Problem>& problems() {
   return made;
 }
 
-void check_problem(const Kernels& k, const Problem& p, int number) {
-  const int64_t length = p.sequence.length;
-  const std::vector<float> whole = run(k, p.c, p.kind, p.sequence, p.scale, {length}, p.c.tile);
-  for (size_t i = 0; i < whole.size(); ++i)
-    if (!expect(std::fabs(whole[i] - p.wanted[i]) <= 4e-6 + 2e-5 * std::fabs(p.wanted[i]),
+void check_close(const std::vector<float>& found, const std::vector<double>& wanted, int number) {
+  for (size_t i = 0; i < found.size(); ++i)
+    if (!expect(std::fabs(found[i] - wanted[i]) <= 4e-6 + 2e-5 * std::fabs(wanted[i]),
                 "attention case %d: element %d is %.9g, the textbook gives %.9g", number, static_cast<int>(i),
-                static_cast<double>(whole[i]), p.wanted[i]))
-      break;
+                static_cast<double>(found[i]), wanted[i]))
+      return;
+}
+
+void check_cuts(const Kernels& k, const Case& c, KvKind kind, const Sequence& s, float scale,
+                const std::vector<float>& whole, int number) {
   const auto same = [&](const std::vector<int64_t>& chunks, int64_t tile, const char* how) {
-    const std::vector<float> other = run(k, p.c, p.kind, p.sequence, p.scale, chunks, tile);
+    const std::vector<float> other = run(k, c, kind, s, scale, chunks, tile);
     expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())),
            "attention case %d: other bits %s", number, how);
   };
-  same({length}, 3, "in tiles of 3 queries");
-  same({length}, 64, "in one tile of queries");
-  if (!p.c.causal) return;
-  same({20, length - 20}, p.c.tile, "in two chunks");
-  same(std::vector<int64_t>(static_cast<size_t>(length), 1), 1, "token by token");
+  same({s.length}, 3, "in tiles of 3 queries");
+  same({s.length}, 64, "in one tile of queries");
+  if (!c.causal) return;
+  same({20, s.length - 20}, c.tile, "in two chunks");
+  same(std::vector<int64_t>(static_cast<size_t>(s.length), 1), 1, "token by token");
+}
+
+// What the int8 cache holds is within half a step of what was written; returns it.
+std::vector<double> decoded(const Case& c, const Cache& cache, const Sequence& s, bool value, int number) {
+  const std::vector<float>& from = value ? s.v : s.k;
+  std::vector<double> all(from.size());
+  for (int64_t i = 0; i < static_cast<int64_t>(all.size()); ++i) {
+    const int64_t d = i % c.head_dim, head = i / c.head_dim % c.kv_heads, position = i / c.head_dim / c.kv_heads;
+    const Cache::Code found = cache.code(value, position, head, d);
+    double& decoded = all[static_cast<size_t>(i)] = found.code * found.scale;
+    if (!expect(std::fabs(decoded - from[static_cast<size_t>(i)]) <= 0.51 * found.scale && found.code != -128,
+                "attention case %d: %g is kept as %d times %g", number,
+                static_cast<double>(from[static_cast<size_t>(i)]), found.code, found.scale))
+      break;
+  }
+  return all;
+}
+
+void check_int8(const Kernels& k, const Case& c, int number) {
+  const Sequence s(c, 53, static_cast<uint64_t>(number + 100));
+  const float scale = 1.7f / std::sqrt(static_cast<float>(c.head_dim));
+  std::optional<Cache> cache;
+  const std::vector<float> whole = run(k, c, KvKind::int8, s, scale, {s.length}, c.tile, &cache);
+  const std::vector<double> keys = decoded(c, *cache, s, false, number), values = decoded(c, *cache, s, true, number);
+  check_close(whole, textbook(c, s, keys, values, scale), number);
+  check_cuts(k, c, KvKind::int8, s, scale, whole, number);
 }
 
 // What a row may not see may hold anything.
@@ -220,7 +269,12 @@ void check_leaks(const Kernels& k, KvKind kind, float bad) {
 
 void test_attention(const Kernels& k) {
   int number = 0;
-  for (const Problem& p : problems()) check_problem(k, p, number++);
+  for (const Problem& p : problems()) {
+    const std::vector<float> whole = run(k, p.c, p.kind, p.sequence, p.scale, {p.sequence.length}, p.c.tile);
+    check_close(whole, p.wanted, number);
+    check_cuts(k, p.c, p.kind, p.sequence, p.scale, whole, number++);
+  }
+  for (const Case& c : kCases) check_int8(k, c, number++);
   for (const KvKind kind : {KvKind::f32, KvKind::bf16})
     for (const float bad : {NAN, INFINITY}) check_leaks(k, kind, bad);
 }

@@ -6,7 +6,10 @@ namespace hasten::test {
 
 struct KindName { Kind kind; const char* name; };
 inline constexpr KindName kIntKinds[] = {
-    {Kind::int8, "int8"}, {Kind::int4, "int4"}, {Kind::codebook4, "codebook4"}};
+    {Kind::int8, "int8"},           {Kind::int4, "int4"},           {Kind::int3, "int3"},
+    {Kind::int2, "int2"},           {Kind::int1, "int1"},           {Kind::codebook4, "codebook4"},
+    {Kind::codebook3, "codebook3"}, {Kind::codebook2, "codebook2"}, {Kind::codebook1, "codebook1"},
+    {Kind::sparse8, "sparse8"}};
 inline constexpr KindName kFloatKinds[] = {{Kind::f32, "f32"}, {Kind::f16, "f16"}, {Kind::bf16, "bf16"}};
 
 class TestWeight {
@@ -22,7 +25,10 @@ class TestWeight {
   double scale(int64_t row, int64_t column) const;
 
  private:
-  void draw_integers(Random& random, bool unit_scales);
+  void draw_integers(Random& random);
+  void draw_sparse(Random& random);
+  void put_code(int64_t row, int64_t column, int64_t code);
+  void set_level(int64_t row, int64_t column, int64_t level);
   void draw_floats(Random& random);
   Weight view_;
   Exact<uint8_t> codes_;
