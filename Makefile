@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
-PROMPT ?= def parse(self, text):
+PROMPT ?= def read_config(path
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -29,7 +29,7 @@ demo: $(VENV)/installed
 	$(bin)/hasten accelerate demo --budget ppl=1% -o build/demo-fast
 	@echo
 	@echo "The accelerated model writes:"
-	$(bin)/hasten generate build/demo-fast -p '$(PROMPT)' -n 96 --temperature 0.7
+	$(bin)/hasten generate build/demo-fast -p '$(PROMPT)' -n 96 --temperature 0.6 --repetition-penalty 1.15
 
 test: $(VENV)/tested-$(extras)
 	$(bin)/python -m pytest -rs

@@ -408,7 +408,9 @@ def export(work: Path, out: Path) -> None:
 def card(facts: dict, parameters: int) -> str:
     """The model card: what it is, what it was trained on, how well it predicts, what it is not for."""
     origins = list(facts["characters"])
-    tokens, at_hand = facts["tokens"] / 1e6, facts["train_tokens"] / 1e6
+    earlier = facts.get("earlier_tokens", 0)
+    tokens, at_hand = (facts["tokens"] + earlier) / 1e6, facts["train_tokens"] / 1e6
+    runs = f" (the first {earlier / 1e6:.1f} million in an earlier run)" if earlier else ""
     perplexity, bytes_each = facts["held_out_perplexity"], facts["held_bytes"] / facts["held_tokens"]
     return f"""# The demo model
 
@@ -416,7 +418,8 @@ A Llama-style language model of Python source with {parameters / 1e6:.1f} millio
 4 query and 2 key/value heads, {VOCABULARY} byte-level BPE tokens, tied head, context {CONTEXT}), made by
 `scripts/train_demo.py` so that hasten can be tried and tested without a network.
 
-- **Trained on** {tokens:.1f} million tokens (of {at_hand:.1f} million at hand), {facts["steps"]} steps on a CPU:
+- **Trained on** {tokens:.1f} million tokens{runs},
+  of {at_hand:.1f} million at hand, on a CPU:
   Python {facts["python"]}'s standard library and {len(origins) - 1} permissively licensed packages found installed,
   the largest of them {", ".join(origins[:8])}.
   Files whose lines mostly repeat held-out or earlier text were dropped ({facts["near_duplicates_dropped"]} of them),
@@ -424,9 +427,10 @@ A Llama-style language model of Python source with {parameters / 1e6:.1f} millio
 - **Held out**: {len(facts["held_out"])} standard-library modules (`splits.json`), {facts["held_tokens"]} tokens.
   Perplexity on them is {perplexity:.2f} a token ({bytes_each:.2f} bytes), {math.log2(perplexity) / bytes_each:.3f} bits
   a byte, in windows of {CONTEXT} tokens, float32.
-- **It is** a small model that has seen about half a token a parameter: it writes text with the look of Python (imports,
-  signatures, docstrings, indentation), repeats itself often, and seldom means anything. It is no assistant: its chat
-  template only puts what you say into a comment.
+- **It is** a small model that has seen {(facts["tokens"] + earlier) / parameters:.1f} tokens a parameter: it writes what
+  passes for Python at a glance (imports, signatures, docstrings, checks that raise, indentation), repeats itself, makes
+  mistakes of syntax, and seldom means anything. It is no assistant: its chat template only puts what you say into a
+  comment.
 - **Licence**: Apache-2.0, like the project. `training.json` holds the figures above.
 """
 
