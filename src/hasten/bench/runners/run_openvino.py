@@ -1,0 +1,102 @@
+"""OpenVINO through its own runtime, on the stateful model that optimum-intel exports; and that export."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import protocol
+
+
+def export(checkpoint: str, out: str, bits: int, group: int, all_layers: bool) -> dict[str, Any]:
+    """A Hugging Face directory as OpenVINO's files, weights compressed by nncf. Returns the bytes of the weights."""
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    config = None
+    if bits == 4:
+        config = OVWeightQuantizationConfig(bits=4, sym=True, group_size=group, ratio=1.0, all_layers=all_layers)
+    elif bits == 8:
+        config = OVWeightQuantizationConfig(bits=8, sym=True)
+    model = OVModelForCausalLM.from_pretrained(
+        checkpoint, export=True, compile=False, quantization_config=config, load_in_8bit=False
+    )
+    model.save_pretrained(out)
+    return {"bytes": (Path(out) / "openvino_model.bin").stat().st_size}
+
+
+class OpenVINO(protocol.Engine):
+    def export(self, **arguments: Any) -> dict[str, Any]:
+        return export(**arguments)
+
+    def load(self, path: str, threads: int, **_: Any) -> dict[str, Any]:
+        import openvino
+
+        started = time.perf_counter()
+        core = openvino.Core()
+        model = core.read_model(str(Path(path) / "openvino_model.xml"))
+        only_last_row(model)
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        self.compiled = core.compile_model(model, "CPU", settings)
+        self.request = self.compiled.create_infer_request()
+        self.inputs = {name for port in self.compiled.inputs for name in port.names}
+        self.vocabulary = self.compiled.output(0).partial_shape[2].get_length()
+        return {"seconds": time.perf_counter() - started, "version": f"openvino {openvino.__version__}"}
+
+    def run(self, tokens: Any, past: int) -> Any:
+        """Feed [batch, tokens] after `past` tokens; the most likely next token of each, [batch, 1]."""
+        batch, count = tokens.shape
+        given = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((batch, past + count), np.int64),
+            "position_ids": np.broadcast_to(np.arange(past, past + count), (batch, count)).astype(np.int64),
+            "beam_idx": np.arange(batch, dtype=np.int32),
+        }
+        self.request.infer({k: v for k, v in given.items() if k in self.inputs}, share_inputs=True)
+        return self.request.get_output_tensor(0).data[:, -1:].argmax(axis=-1)
+
+    def prompt(self, tokens: list[int]) -> None:
+        self.request.reset_state()
+        self.run(np.array([tokens], np.int64), 0)
+
+    def fill(self, batch: int, depth: int) -> None:
+        """The caches of `batch` equal prompts, in chunks: steps do not look at what a token was."""
+        self.request.reset_state()
+        given = protocol.random_tokens(depth, self.vocabulary)
+        for start in range(0, depth, 1024):
+            part = np.array([given[start : start + 1024]] * batch, np.int64)
+            self.last = self.run(part, start)
+        self.at = depth
+
+    def rewind(self, batch: int, depth: int) -> None:
+        """States are not cut back: a step more or less in thousands is no matter, past 64 they are filled anew."""
+        if self.at > depth + max(64, depth // 64):
+            self.fill(batch, depth)
+
+    def steps(self, batch: int, depth: int, new: int) -> None:
+        tokens = self.last
+        for _ in range(new):
+            tokens = self.run(tokens, self.at)
+            self.at += 1
+        self.last = tokens
+
+
+def only_last_row(model: Any) -> None:
+    """Logits of the last token alone, as OpenVINO GenAI has it (apply_slice_before_matmul_transformation)."""
+    from openvino import opset13 as ops
+
+    last = model.output(0).get_node().input_value(0).get_node()
+    while last.get_type_name() in ("Convert", "Reshape") and last.get_input_size():
+        last = last.input_value(0).get_node()
+    if last.get_type_name() != "MatMul":
+        return
+    hidden = last.input_value(0)
+    ends = (np.array([v], np.int64) for v in (-1, np.iinfo(np.int64).max, 1, 1))
+    last.input(0).replace_source_output(ops.slice(hidden, *(ops.constant(v) for v in ends)).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+if __name__ == "__main__":
+    sys.exit(protocol.serve(OpenVINO()))
