@@ -61,7 +61,7 @@ class _Reader:
     def copy(self, layout: str, cells: int = 0) -> tuple[Any, ...]:
         """Read a header and hand it on; with `cells`, its last number becomes the new count of cells."""
         values = struct.unpack(layout, self.take(struct.calcsize(layout)))
-        self.out += struct.pack(layout, *(values[:-1] + (self.depth,) if cells else values))
+        self.out += struct.pack(layout, *((*values[:-1], self.depth) if cells else values))
         return values
 
     def rows(self, size: int) -> None:

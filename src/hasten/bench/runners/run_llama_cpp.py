@@ -10,7 +10,6 @@ import ctypes
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,7 @@ class LlamaCpp(protocol.Engine):
         self.shape: tuple[Any, ...] = ()
         return {"seconds": 0.0}
 
-    def prefill(
-        self, tokens: int, least: float, flash: bool = False, via: str = "tools", **_: Any
-    ) -> dict[str, Any]:
+    def prefill(self, tokens: int, least: float, flash: bool = False, via: str = "tools", **_: Any) -> dict[str, Any]:
         if self.tools is None or via == "binding":
             self.open(1, tokens + 1, flash, "f16")
             return {**super().prefill(tokens, least), "via": "C interface"}
@@ -118,7 +115,7 @@ class LlamaCpp(protocol.Engine):
         """One llama_decode; logits of the wanted rows, [rows, vocabulary]."""
         b = self.batch
         b.n_tokens = len(tokens)
-        for i, (token, position, sequence) in enumerate(zip(tokens, positions, sequences)):
+        for i, (token, position, sequence) in enumerate(zip(tokens, positions, sequences, strict=True)):
             b.token[i], b.pos[i], b.n_seq_id[i], b.seq_id[i][0], b.logits[i] = token, position, 1, sequence, 0
         for i in wanted:
             b.logits[i] = 1
@@ -153,7 +150,9 @@ class LlamaCpp(protocol.Engine):
             long = stretched(bytes(state), depth)
             if long is not None:
                 self.c.llama_memory_clear(self.memory, False)
-                self.c.llama_state_seq_set_data(self.context, (ctypes.c_uint8 * len(long)).from_buffer(long), len(long), 0)
+                self.c.llama_state_seq_set_data(
+                    self.context, (ctypes.c_uint8 * len(long)).from_buffer(long), len(long), 0
+                )
                 if self.c.llama_memory_seq_pos_max(self.memory, 0) == depth - 1:
                     return
             self.c.llama_memory_clear(self.memory, False)
@@ -186,7 +185,9 @@ class LlamaCpp(protocol.Engine):
         self.open(1, 32, False, "f16")
         found = (self.c.llama_token * (len(text.encode()) + 8))()
         data = text.encode()
-        count = self.c.llama_tokenize(self.c.llama_model_get_vocab(self.model), data, len(data), found, len(found), True, False)
+        count = self.c.llama_tokenize(
+            self.c.llama_model_get_vocab(self.model), data, len(data), found, len(found), True, False
+        )
         return {"tokens": list(found[:count])}
 
     def quantize(self, source: str, target: str, file_type: int, threads: int) -> dict[str, Any]:

@@ -10,33 +10,47 @@ from typing import Any
 import numpy as np
 import protocol
 
+MODEL = "openvino_model.xml"
 
-def export(checkpoint: str, out: str, bits: int, group: int, all_layers: bool) -> dict[str, Any]:
-    """A Hugging Face directory as OpenVINO's files, weights compressed by nncf. Returns the bytes of the weights."""
-    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
-    config = None
-    if bits == 4:
-        config = OVWeightQuantizationConfig(bits=4, sym=True, group_size=group, ratio=1.0, all_layers=all_layers)
-    elif bits == 8:
-        config = OVWeightQuantizationConfig(bits=8, sym=True)
-    model = OVModelForCausalLM.from_pretrained(
-        checkpoint, export=True, compile=False, quantization_config=config, load_in_8bit=False
-    )
+def export(checkpoint: str, out: str) -> dict[str, Any]:
+    """A Hugging Face directory as OpenVINO's files, weights as they are."""
+    from optimum.intel import OVModelForCausalLM
+
+    model = OVModelForCausalLM.from_pretrained(checkpoint, export=True, compile=False, load_in_8bit=False)
     model.save_pretrained(out)
-    return {"bytes": (Path(out) / "openvino_model.bin").stat().st_size}
+    return {}
+
+
+def compress(source: str, out: str, bits: int, group: int, all_layers: bool) -> dict[str, Any]:
+    """`export`ed files with weights compressed by nncf, symmetric, as optimum-intel has it done."""
+    import nncf
+    import openvino
+
+    model = openvino.Core().read_model(str(Path(source) / MODEL))
+    if bits == 4:
+        mode = nncf.CompressWeightsMode.INT4_SYM
+        model = nncf.compress_weights(model, mode=mode, ratio=1.0, group_size=group, all_layers=all_layers)
+    elif bits == 8:
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, str(Path(out) / MODEL))
+    return {"bytes": (Path(out) / MODEL).with_suffix(".bin").stat().st_size}
 
 
 class OpenVINO(protocol.Engine):
     def export(self, **arguments: Any) -> dict[str, Any]:
         return export(**arguments)
 
+    def compress(self, **arguments: Any) -> dict[str, Any]:
+        return compress(**arguments)
+
     def load(self, path: str, threads: int, **_: Any) -> dict[str, Any]:
         import openvino
 
         started = time.perf_counter()
         core = openvino.Core()
-        model = core.read_model(str(Path(path) / "openvino_model.xml"))
+        model = core.read_model(str(Path(path) / MODEL))
         only_last_row(model)
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         self.compiled = core.compile_model(model, "CPU", settings)

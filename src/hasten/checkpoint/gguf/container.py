@@ -93,7 +93,7 @@ def _value(value: Any) -> tuple[int, bytes]:
     if isinstance(value, str):
         return STRING, _string(value)
     kind = type(value[0])
-    number, pack = {str: (STRING, _string), int: (INT32, _int32), float: (FLOAT32, _float32)}[kind]
+    number, pack = ELEMENTS[kind]
     return ARRAY, struct.pack("<IQ", number, len(value)) + b"".join(map(pack, value))
 
 
@@ -108,6 +108,13 @@ def _float32(value: float) -> bytes:
 def _string(text: str) -> bytes:
     data = text.encode("utf-8")
     return struct.pack("<Q", len(data)) + data
+
+
+ELEMENTS: dict[type, tuple[int, Callable[[Any], bytes]]] = {
+    str: (STRING, _string),
+    int: (INT32, _int32),
+    float: (FLOAT32, _float32),
+}
 
 
 def _padding(size: int) -> bytes:
