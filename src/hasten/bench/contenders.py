@@ -155,7 +155,9 @@ def _hasten(
         work = count(opened.graph, opened.weights(), memory.kv_format(opened.formats.values()))
         variant = Variant(shown, bits_class(work.bits_per_weight))
         prepared = Prepared({"path": str(path)}, work.step_bytes, opened.bytes_on_disk, work.kv_bytes)
-        made.append(_contender("hasten", variant, prepared, __version__, sys.executable, {}, load, logs, _no_choice))
+        made.append(
+            _contender("hasten", variant, prepared, __version__, sys.executable, {}, load, logs, _no_choice, report)
+        )
     return made
 
 
@@ -196,7 +198,7 @@ def _peer(
             continue
         environment, python = peer.environment(job.home), job.home.python
         choices = _choices(peer, variant)
-        made.append(_contender(name, variant, prepared, version, python, environment, load, logs, choices))
+        made.append(_contender(name, variant, prepared, version, python, environment, load, logs, choices, job.report))
     return made, missing
 
 
@@ -222,6 +224,7 @@ def _contender(
     load: dict[str, Any],
     logs: Path,
     choices: Callable[[Workload], list[dict[str, Any]]],
+    report: Report,
 ) -> Contender:
     name, script = f"{peer} {variant.name}", f"run_{peer.replace('.', '_')}.py"
     if peer == "hasten":  # it must find this package, installed or not
@@ -229,7 +232,9 @@ def _contender(
         environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def start() -> Runner:
-        return Runner(python, script, logs / f"{name.replace(' ', '-').replace('/', '-')}.log", environment)
+        return Runner(
+            python, script, logs / f"{name.replace(' ', '-').replace('/', '-')}.log", environment, report, name
+        )
 
     return Contender(name, peer, variant, prepared, version, start, choices, {**load, **prepared.settings})
 

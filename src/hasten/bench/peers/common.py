@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -172,29 +173,33 @@ class Job:
 
 
 class Runner:
-    """A process that answers calls, one at a time (bench/runners/protocol.py). Its stderr goes to a file."""
+    """A process that answers calls, one at a time (bench/runners/protocol.py). Its stderr goes to a file.
 
-    def __init__(self, python: str | Path, script: str, log: Path, environment: Mapping[str, str]) -> None:
-        self.name, self.log = script, log
+    `report` hears each second that an answer takes.
+    """
+
+    def __init__(
+        self, python: str | Path, script: str, log: Path, environment: Mapping[str, str], report: Report, name: str = ""
+    ) -> None:
+        self.name, self.log, self._report = name or script, log, report
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [str(python), str(RUNNERS / script)],
+                [str(python), str(script if os.path.isabs(script) else RUNNERS / script)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
                 env={**os.environ, **environment},
             )
 
     def call(self, call: str, **arguments: Any) -> dict[str, Any]:
         """Raises PeerError with what the runner says, or its last words where it has died."""
         assert self._process.stdin
-        assert self._process.stdout
         try:
-            print(json.dumps({"call": call, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
+            self._process.stdin.write(json.dumps({"call": call, **arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._answer(call)
         except BrokenPipeError:
-            line = ""
+            line = b""
         if not line:
             words = last_words(self.log.read_text(errors="replace")[-4000:])
             raise PeerError(f"{self.name} died with status {self._process.wait()}: {words}")
@@ -202,6 +207,15 @@ class Runner:
         if "error" in answer:
             raise PeerError(str(answer["error"]))
         return answer
+
+    def _answer(self, call: str) -> bytes:
+        """One line; there is never more than one under way, so none hides in a buffer."""
+        assert self._process.stdout
+        seconds = 0
+        while not select.select([self._process.stdout], [], [], 1.0)[0]:
+            seconds += 1
+            self._report(f"{self.name}: {call} (seconds)", seconds, seconds + 1)
+        return self._process.stdout.readline()
 
     def close(self) -> None:
         assert self._process.stdin
@@ -220,7 +234,7 @@ def once(
 ) -> dict[str, Any]:
     """One call to a runner of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(home.python, script, Path(folder) / "log", environment or {})
+        runner = Runner(home.python, script, Path(folder) / "log", environment or {}, home.report, home.path.name)
         try:
             return runner.call(call, **arguments)
         finally:

@@ -17,7 +17,7 @@ from hasten.checkpoint.gguf.vocabulary import vocabulary
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32
 from hasten.graph.graph import Graph, WeightSpec
-from hasten.graph.ops import Attention, Norm, Rope
+from hasten.graph.ops import Attention, Gate, Norm, Rope
 
 if TYPE_CHECKING:
     from hasten.checkpoint.model import Model
@@ -103,6 +103,8 @@ def _architecture(model: Model) -> str:
     lacks = None
     if attention.softcap is not None or not np.isclose(attention.scale, attention.head_dim**-0.5):
         lacks = "another attention scale or a soft cap"
+    elif any(n.op.kind != "silu" for n in _nodes(model.graph, Gate)):
+        lacks = "another activation than silu"
     elif len(rope) != 1 or any(2 * len(f) != attention.head_dim or factor != 1.0 for f, factor in rope):
         lacks = "rope of a part of a head, or with a factor"
     elif ARCHITECTURES[stated] != "llama" and not np.allclose(_rope_factors(model), 1.0, rtol=1e-5):
