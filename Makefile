@@ -1,4 +1,6 @@
 # make demo    accelerate the embedded model within 1% of its perplexity, then let the result write a few lines
+# make bench   hasten beside llama.cpp, OpenVINO and transformers on the embedded model: table, JSON, plot in build/bench
+#              (MODEL=folder FORMAT=int4-g128 AGAINST=openvino BENCH='--random-weights --workloads decode-1 --rounds 5')
 # make test    all tests (EXTRAS=train also installs torch and transformers, for the comparisons that need them)
 # make check   formatting, lint, types, floors, file sizes
 # make clean   remove everything that these made
@@ -9,6 +11,10 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
 PROMPT ?= def parse(self, text):
+MODEL ?= demo
+FORMAT ?= int4-g128,int8-g128
+AGAINST ?= llama.cpp,openvino,transformers
+BENCH ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -17,7 +23,7 @@ comma := ,
 empty :=
 extras := $(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))
 
-.PHONY: demo test check install clean
+.PHONY: demo bench test check install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -29,6 +35,10 @@ demo: $(VENV)/installed
 	@echo
 	@echo "The accelerated model writes:"
 	$(bin)/hasten generate build/demo-fast -p '$(PROMPT)' -n 96 --temperature 0.7
+
+# Peers are installed on first use, which takes a while (llama.cpp is compiled for this machine), and kept.
+bench: $(VENV)/installed
+	$(bin)/hasten bench $(MODEL) --against $(AGAINST) --format $(FORMAT) --output build/bench $(BENCH)
 
 test: $(VENV)/tested-$(extras)
 	$(bin)/python -m pytest -rs

@@ -29,12 +29,12 @@ def document(
     left_out: Sequence[str],
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
-    work = next(iter(field.works.values()))
+    work, here = next(iter(field.works.values())), machine.describe()
     cold = next((r for r in results if r["kind"] == "ttft-cold"), None)
     return {
-        "machine": asdict(machine.describe()),
+        "machine": {**asdict(here), "instruction_sets": list(here.instruction_sets)},
         "model": {"source": source, "random_weights": random, "parameters": work.parameters},
-        "threads": threads or machine.describe().cores,
+        "threads": threads or here.cores,
         "rounds": rounds,
         "engines": {
             c.name: {
