@@ -24,7 +24,7 @@ from hasten.errors import OutputError
 
 LEAST_SECONDS = 0.3  # a measurement repeats what it times until it has taken as long
 LIMIT_SECONDS = 0.1  # for each of the three limits, each round
-SLOW_SECONDS = 20.0  # an engine whose trial takes longer is not asked again: the trial is its figure
+SLOW_SECONDS = 15.0  # an engine that takes longer is not asked again: that is its figure
 COLD_STEPS = 8  # steps after a first token from cold, before its peak of memory is read
 PARTIAL = "partial.json"
 
@@ -58,27 +58,23 @@ def run(
 
 
 def measure(field: Field, workload: Workload, rounds: int, threads: int, report: Report) -> dict[str, Any]:
-    """One workload: trials, then rounds of A B C, A B C."""
-    total = len(field.contenders) * (rounds + 1)
+    """One workload: trials where there is something to try or to warm up, then rounds of A B C, A B C."""
     found: dict[str, Measured] = {}
     for number, contender in enumerate(field.contenders):
-        report(f"{workload.name}: trying {contender.name}", number, total)
+        report(f"{workload.name}: trying {contender.name}", number, len(field.contenders))
         found[contender.name] = trial(contender, workload)
-    running = [c for c in field.contenders if found[c.name].choice is not None and not _finished(found[c.name])]
+    running = [c for c in field.contenders if not _finished(found[c.name])]
     taken: dict[str, list[float]] = {c.name: [] for c in running}
     limits = []
     for turn in range(rounds):
         limits.append(machine.limits(LIMIT_SECONDS, threads))
-        for number, contender in enumerate(running):
-            report(f"{workload.name}: round {turn + 1}", number, len(running))
+        for number, contender in enumerate(list(running)):
+            report(f"{workload.name}: round {turn + 1} of {rounds}", number, len(running))
             one = attempt(contender, workload, found[contender.name].choice)
             taken[contender.name] += one.seconds
-            if one.error:
-                found[contender.name] = one
-    for name, seconds in taken.items():
-        if not found[name].error:
-            found[name] = replace(found[name], seconds=seconds)
-    report(f"{workload.name}: round {rounds}", len(running), len(running))
+            found[contender.name] = replace(one, seconds=taken[contender.name])
+            if _finished(one):
+                running.remove(contender)
     return summarise(field, workload, list(found.values()), limits)
 
 
@@ -87,10 +83,12 @@ def _finished(measured: Measured) -> bool:
 
 
 def trial(contender: Contender, workload: Workload) -> Measured:
-    """The fastest of what the contender can be set to; warms it up too."""
+    """The fastest of what the contender can be set to, which warms it up too; no more than its choice if it is warm."""
     choices = contender.choices(workload)
     if not choices:
-        return Measured(contender.name, [], {}, error="not measured: it compiles first")
+        return Measured(contender.name, [], {}, error="not measured: compiling takes longer than it would save")
+    if len(choices) == 1 and (contender.warm or workload.kind == "ttft-cold"):
+        return Measured(contender.name, [], choices[0])
     tried = [attempt(contender, workload, choice) for choice in choices]
     working = [t for t in tried if not t.error]
     return min(working, key=lambda t: t.seconds[0]) if working else tried[0]
@@ -108,6 +106,7 @@ def attempt(contender: Contender, workload: Workload, choice: dict[str, Any]) ->
         else:
             sizes = {"batch": workload.batch, "depth": workload.depth, "new": workload.new}
             answer = runner.call("decode", **sizes, least=LEAST_SECONDS, **choice)
+        contender.warm = True
         return Measured(contender.name, [float(answer["seconds"])], choice, via=str(answer.get("via", "")))
     except PeerError as error:
         contender.close()  # what it can still do, it does in a new process

@@ -36,6 +36,8 @@ class Contender:
     start: Callable[[], Runner]
     choices: Callable[[Workload], list[dict[str, Any]]]
     load: dict[str, Any] = field(default_factory=dict)
+    warm: bool = False
+    """It has run something, so the next measurement does not begin cold."""
     _runner: Runner | None = None
 
     @property
@@ -54,7 +56,7 @@ class Contender:
     def close(self) -> None:
         if self._runner is not None:
             self._runner.close()
-        self._runner = None
+        self._runner, self.warm = None, False
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hasten.bench.peers.common import Workload
 from hasten.errors import InputError
 
-DECODE_DEPTH, DECODE_STEPS, DEPTH_STEPS = 128, 32, 16
+DECODE_DEPTH, DECODE_STEPS, DEPTH_STEPS = 128, 16, 16
 FIRST_TOKEN_PROMPT = 512
 ALL = (
     *(f"prefill-{n}" for n in (128, 512, 2048)),

@@ -1,8 +1,8 @@
 """Other engines to measure ourselves beside, one a file: its name, with "." for "_", is what `--against` takes.
 
 A peer is a module that has
-    VERSION_OF: str                                   the package whose version names the peer's own
     install(home: Environment) -> None                make its environment; PeerError says why it cannot be had
+    version(home: Environment) -> str                 of what was installed
     variants(bits: int) -> list[Variant]              how it holds weights of about so many bits; first, of equal bytes
     prepare(job: Job, variant: Variant) -> Prepared   write its input from the shared checkpoint
     choices(workload, variant) -> list[dict]          settings to try, the fastest is measured; none: not measured

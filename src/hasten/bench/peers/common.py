@@ -122,7 +122,7 @@ class Environment:
         if status:
             raise PeerError(f"{Path(command[0]).name} failed: {words or f'exit status {status}'} (see {self.log})")
 
-    def version(self, package: str) -> str:
+    def version_of(self, package: str) -> str:
         """The installed version of a package; "" where it is not."""
         code = f"from importlib.metadata import version; print(version({package!r}))"
         done = subprocess.run([self.python, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -144,7 +144,7 @@ def install(peer: Any, home: Environment) -> dict[str, Any]:
     try:
         home.path.mkdir(parents=True, exist_ok=True)
         peer.install(home)
-        facts = {"version": home.version(peer.VERSION_OF)}
+        facts = {"version": peer.version(home)}
         home.ready.write_text(json.dumps(facts) + "\n")
     except OSError as error:
         raise PeerError(f"{home.path} cannot be written: {error.strerror or error}") from None

@@ -12,7 +12,7 @@ from typing import Any
 from hasten.bench.peers.common import Environment, Job, PeerError, Prepared, Variant, Workload, once
 from hasten.checkpoint.gguf import KINDS, write_gguf
 
-VERSION_OF = "llama-cpp-python"
+PACKAGE = "llama-cpp-python"
 TOOLS = ("llama-bench", "llama-batched-bench")
 TYPES = {4: "q4_0", 8: "q8_0", 16: "f16"}
 CMAKE = {
@@ -26,7 +26,7 @@ CMAKE = {k if "_" in k else f"LLAMA_BUILD_{k}": v for k, v in CMAKE.items()} | {
 
 
 def install(home: Environment) -> None:
-    """One native build of the libraries and the tools; the binding is told to load it instead of building its own."""
+    """One native build of the libraries and the tools, which the binding loads too."""
     home.venv()
     home.pip("install", "cmake", "ninja", "numpy", "typing-extensions", "diskcache", "jinja2", "scikit-build-core")
     source = _source(home)
@@ -35,9 +35,6 @@ def install(home: Environment) -> None:
     home.run([*build, *options], "llama.cpp: configuring")
     targets = ["cmake", "--build", str(home.path / "build"), "--parallel", str(os.cpu_count() or 1), "--target"]
     home.run([*targets, "llama"], "llama.cpp: building the libraries")
-    home.pip(
-        "install", "--no-deps", "--no-build-isolation", str(source), CMAKE_ARGS="-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"
-    )
     with contextlib.suppress(PeerError):  # without tools the C interface measures, and every figure says so
         home.run([*targets, *TOOLS], "llama.cpp: building its tools")
 
@@ -48,9 +45,7 @@ def _source(home: Environment) -> Path:
     if (folder / "vendor" / "llama.cpp" / "CMakeLists.txt").exists():
         return folder
     with_download = home.path / "download"
-    home.pip(
-        "download", "--no-deps", "--no-build-isolation", "--no-binary", VERSION_OF, "-d", str(with_download), VERSION_OF
-    )
+    home.pip("download", "--no-deps", "--no-build-isolation", "--no-binary", PACKAGE, "-d", str(with_download), PACKAGE)
     (archive,) = with_download.glob("*.tar.gz")
     with tarfile.open(archive) as package:
         package.extractall(with_download, filter="data")
@@ -64,9 +59,14 @@ def _tools(home: Environment) -> Path:
     return home.path / "build" / "bin"
 
 
+def version(home: Environment) -> str:
+    facts = (home.path / "source" / "PKG-INFO").read_text(encoding="utf-8")
+    return next(line.removeprefix("Version: ") for line in facts.splitlines() if line.startswith("Version: "))
+
+
 def environment(home: Environment) -> dict[str, str]:
-    """What its runner must be told."""
-    return {"LLAMA_CPP_LIB_PATH": str(_tools(home))}
+    """The binding is imported from its source, and told to load the libraries that were built beside the tools."""
+    return {"PYTHONPATH": str(home.path / "source"), "LLAMA_CPP_LIB_PATH": str(_tools(home))}
 
 
 def variants(bits: int) -> list[Variant]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from hasten.bench.peers.common import Environment, Job, PeerError, Prepared, Variant, Workload, once
 
-VERSION_OF = "openvino"
 SCRIPT = "run_openvino.py"
 GROUP = 128
 
@@ -22,16 +21,17 @@ def install(home: Environment) -> None:
         home.pip("uninstall", "-y", "torchvision")
 
 
+def version(home: Environment) -> str:
+    return home.version_of("openvino")
+
+
 def environment(home: Environment) -> dict[str, str]:
     return {}
 
 
 def variants(bits: int) -> list[Variant]:
     if bits == 4:
-        return [
-            Variant(f"int4 g{GROUP}", 4, settings={"all_layers": True}),
-            Variant(f"int4 g{GROUP} default mix", 4, "default", {"all_layers": False}),  # head and embeddings int8
-        ]
+        return [Variant(f"int4 g{GROUP}", 4, settings={"all_layers": True})]  # by default head and embeddings are int8
     return [Variant("int8" if bits == 8 else "unquantised", bits, settings={"all_layers": True})]
 
 
@@ -42,8 +42,7 @@ def prepare(job: Job, variant: Variant) -> Prepared:
     arguments = {"bits": variant.bits, "group": GROUP, **variant.settings}
     _made(out, lambda made: once(job.home, SCRIPT, "compress", source=str(source), out=str(made), **arguments), job)
     size = (out / "openvino_model.bin").stat().st_size
-    bits = 8 if variant.mix == "default" else variant.bits
-    return Prepared({"path": str(out)}, size - job.embedding * bits // 8, size, kv_bytes=1)
+    return Prepared({"path": str(out)}, size - job.embedding * variant.bits // 8, size, kv_bytes=1)
 
 
 def _made(path: Path, make: Any, job: Job) -> None:

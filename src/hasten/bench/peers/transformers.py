@@ -6,12 +6,16 @@ from typing import Any
 
 from hasten.bench.peers.common import Environment, Job, Prepared, Variant, Workload
 
-VERSION_OF = "transformers"
+COMPILED_WORKLOADS = ("prefill-512", "decode-1")
 
 
 def install(home: Environment) -> None:
     home.venv()
     home.pip("install", "torch", "transformers", "setuptools")
+
+
+def version(home: Environment) -> str:
+    return f"{home.version_of('transformers')}, torch {home.version_of('torch')}"
 
 
 def environment(home: Environment) -> dict[str, str]:
@@ -28,5 +32,5 @@ def prepare(job: Job, variant: Variant) -> Prepared:
 
 
 def choices(workload: Workload, variant: Variant) -> list[dict[str, Any]]:
-    """Compiling takes minutes: a first token of the compiled model from cold is nobody's choice."""
-    return [] if workload.kind == "ttft-cold" and variant.settings else [{}]
+    """Compiling takes minutes: two workloads are enough to see whether it is worth them."""
+    return [] if variant.settings and workload.name not in COMPILED_WORKLOADS else [{}]

@@ -76,25 +76,30 @@ class OpenVINO(protocol.Engine):
         self.run(np.array([tokens], np.int64), 0)
 
     def fill(self, batch: int, depth: int) -> None:
-        """The caches of `batch` equal prompts, in chunks: steps do not look at what a token was."""
+        """A short prompt's states, repeated up to `depth`: what a step costs does not hang on their values."""
         self.request.reset_state()
-        given = protocol.random_tokens(depth, self.vocabulary)
-        for start in range(0, depth, 1024):
-            part = np.array([given[start : start + 1024]] * batch, np.int64)
-            self.last = self.run(part, start)
-        self.at = depth
+        given = protocol.random_tokens(min(depth, 128), self.vocabulary)
+        self.last = self.run(np.array([given] * batch, np.int64), 0)
+        self.states = {}
+        for state in self.request.query_state():
+            short = np.array(state.state.data)  # [batch, heads, tokens, head_dim]
+            if short.ndim != 4 or short.shape[2] != len(given):
+                raise RuntimeError(f"a state of shape {list(short.shape)} is no cache of {len(given)} tokens")
+            repeats = -(-depth // len(given))
+            self.states[state.name] = np.ascontiguousarray(np.tile(short, (1, 1, repeats, 1))[:, :, :depth])
 
     def rewind(self, batch: int, depth: int) -> None:
-        """States are not cut back: a step more or less in thousands is no matter, past 64 they are filled anew."""
-        if self.at > depth + max(64, depth // 64):
-            self.fill(batch, depth)
+        import openvino
+
+        for state in self.request.query_state():
+            state.state = openvino.Tensor(self.states[state.name])
+        self.at = depth
 
     def steps(self, batch: int, depth: int, new: int) -> None:
         tokens = self.last
         for _ in range(new):
             tokens = self.run(tokens, self.at)
             self.at += 1
-        self.last = tokens
 
 
 def only_last_row(model: Any) -> None:
