@@ -11,7 +11,7 @@ from typing import Any
 
 from hasten.bench.chart import Bars, bar_chart, stack
 
-WIDTH = 960
+WIDTH = 1080
 
 
 def charts(found: Mapping[str, Any]) -> str:
