@@ -58,7 +58,8 @@ const Kernels& table(const std::string& isa) {
 
 std::vector<std::string> testable_isas() {
   std::vector<std::string> names = available_isas();
-  if (kernels_for("avx512_bf16_emulated")) names.emplace_back("avx512_bf16_emulated");
+  for (const char* emulated : {"avx2_vnni_emulated", "avx512_bf16_emulated"})
+    if (kernels_for(emulated)) names.emplace_back(emulated);
   return names;
 }
 

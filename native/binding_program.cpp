@@ -2,9 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "binding_weight.h"
@@ -167,8 +170,8 @@ class Planned {
     if (norm != nullptr) spec = keep(*norm, at(in).width);
     std::optional<ActivationKind> kind;
     if (!gate.empty()) kind = activation_of(gate);
-    program.add(std::make_unique<LinearStep>(program.kernels(), program.sizes(), at(in), spec, std::move(parts),
-                                             std::move(values), kind, optional_at(residual)));
+    program.add(std::make_unique<LinearStep>(program.kernels(), program.sizes(), program.tuning(), at(in), spec,
+                                             std::move(parts), std::move(values), kind, optional_at(residual)));
   }
 
   void attention(int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t layer, int64_t window, float softcap,
@@ -277,6 +280,21 @@ class Planned {
     nb::gil_scoped_release release;
     hasten::sample(program, rows, sample_scratch_, out);
   }
+  void record(int64_t runs) {
+    require(finished_ && runs >= 0 && runs < 1 << 20, "a recording of " + std::to_string(runs) + " steps");
+    program.record(runs);
+  }
+  std::pair<int64_t, int64_t> recorded() const {
+    const Program::Use use(program);
+    return {program.recording().runs() * program.sizes().threads, program.recording().row_length()};
+  }
+  void copy_recording(FilledMatrix<int64_t> out) const {
+    const Program::Use use(program);
+    const Recording& recording = program.recording();
+    filled(out.shape(0), recording.runs() * program.sizes().threads);
+    filled(out.shape(1), recording.row_length());
+    std::copy_n(recording.data(), out.size(), out.data());
+  }
   int64_t output_rows() const {
     const Program::Use use(program);
     return wanted_rows();
@@ -343,6 +361,27 @@ void bind_building(nb::class_<Planned>& c) {
       .def("finish", &Planned::finish, "arena_floats"_a, "output"_a);
 }
 
+using FoundBlocking = std::tuple<std::string, int, int64_t, int64_t, int64_t>;
+
+std::vector<FoundBlocking> found_blockings(Planned& p) {
+  std::vector<FoundBlocking> all;
+  for (const auto& [signature, regime, b] : p.program.tuning().found())
+    all.emplace_back(signature, regime, b.chunks_per_thread, b.tokens, b.tile_bytes);
+  return all;
+}
+
+void bind_tuning(nb::class_<Planned>& c) {
+  c.def("tune", [](Planned& p, bool on) { p.program.tuning().measure(on); }, "on"_a, "Measure how work is best cut, in passing")
+      .def_prop_ro("tuned", [](Planned& p) { return p.program.tuning().found_count(); }, "Choices made so far")
+      .def("blockings", &found_blockings, "(signature, regime, chunks per thread, tokens, tile bytes) of each choice")
+      .def("remember",
+           [](Planned& p, const FoundBlocking& f) {
+             const auto& [signature, regime, chunks, tokens, tile] = f;
+             p.program.tuning().remember({signature, regime, {chunks, tokens, tile}});
+           },
+           "found"_a);
+}
+
 void bind_running(nb::class_<Planned>& c) {
   c.def("step", &Planned::step, "tokens"_a.noconvert(), "positions"_a.noconvert(), "starts"_a.noconvert(),
         "block_tables"_a.noconvert(), "rows"_a.noconvert(), "hidden"_a.noconvert().none())
@@ -355,6 +394,10 @@ void bind_running(nb::class_<Planned>& c) {
            "min_p"_a.noconvert(), "repetition"_a.noconvert(), "presence"_a.noconvert(), "frequency"_a.noconvert(),
            "seed"_a.noconvert(), "position"_a.noconvert(), "history"_a.noconvert(), "prompt_length"_a.noconvert(),
            "tokens"_a.noconvert(), "logprobs"_a.noconvert(), "top_tokens"_a.noconvert(), "top_logprobs"_a.noconvert())
+      .def("record", &Planned::record, "runs"_a, "Record the next steps, this many; 0 ends it")
+      .def("recorded", &Planned::recorded, "(rows, their length), a row for each thread of each run")
+      .def("copy_recording", &Planned::copy_recording, "out"_a.noconvert())
+      .def_prop_ro("step_count", [](const Planned& p) { return p.program.step_count(); })
       .def_prop_ro("output_rows", &Planned::output_rows)
       .def_prop_ro("isa", [](const Planned& p) { return std::string(p.program.kernels().name); })
       .def_prop_ro("threads", [](const Planned& p) { return p.program.sizes().threads; })
@@ -386,6 +429,8 @@ void bind_program(nb::module_& m) {
   nb::class_<Planned> program(m, "Program");
   bind_building(program);
   bind_running(program);
+  bind_tuning(program);
+  m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
   m.def("set_fault",
         [](const std::string& name) {
           if (!set_fault(name)) throw std::invalid_argument("unknown fault " + name);

@@ -86,7 +86,7 @@ struct AttentionArgs {
 
 // Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
 struct Kernels {
-  const char* name;                   // "scalar", "avx2", "avx512", "avx512_bf16"
+  const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16"
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
 
   // --- isa/matmul
@@ -125,8 +125,10 @@ struct Kernels {
 
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();          // null where not compiled in
+const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
-const Kernels* avx512_bf16_emulated_kernels();   // for tests where the instruction is missing
+const Kernels* avx2_vnni_emulated_kernels();     // for tests where the instruction is missing
+const Kernels* avx512_bf16_emulated_kernels();
 
 }  // namespace hasten

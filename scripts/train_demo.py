@@ -256,7 +256,8 @@ def train(work: Path, minutes: float, batch: int, device: str, peak: float, star
         from safetensors.torch import load_file
 
         missing, unexpected = model.load_state_dict(load_file(start / "model.safetensors"), strict=False)
-        assert missing == ["lm_head.weight"] and not unexpected  # the head is tied
+        assert missing == ["lm_head.weight"]  # the head is tied
+        assert not unexpected
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
     optimizers = [

@@ -18,6 +18,11 @@ bool converts_halves() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
+bool adds_bytes() {  // AVX-VNNI, the form of 256-bit registers without AVX-512
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 bool runs(const std::string& name) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves();
@@ -25,6 +30,7 @@ bool runs(const std::string& name) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   if (name == "avx2") return avx2;
+  if (name == "avx2_vnni") return avx2 && adds_bytes();
   if (name == "avx512") return avx512;
   return avx512 && __builtin_cpu_supports("avx512bf16");
 }
@@ -37,6 +43,9 @@ std::vector<const Kernels*> tables() {
 #endif
 #if defined(HASTEN_HAS_AVX512)
   if (runs("avx512")) found.push_back(avx512_kernels());
+#endif
+#if defined(HASTEN_HAS_AVX2_VNNI)
+  if (runs("avx2_vnni")) found.push_back(avx2_vnni_kernels());
 #endif
 #if defined(HASTEN_HAS_AVX2)
   if (runs("avx2")) found.push_back(avx2_kernels());
@@ -54,6 +63,9 @@ std::vector<std::string> available_isas() {
 }
 
 const Kernels* kernels_for(const std::string& name) {
+#if defined(HASTEN_HAS_AVX2_VNNI_EMULATED)
+  if (name == "avx2_vnni_emulated" && runs("avx2")) return avx2_vnni_emulated_kernels();
+#endif
 #if defined(HASTEN_HAS_AVX512_BF16_EMULATED)
   if (name == "avx512_bf16_emulated" && runs("avx512")) return avx512_bf16_emulated_kernels();
 #endif

@@ -69,10 +69,11 @@ float read_memory(const void* data, int64_t bytes) {
   return static_cast<float>(lane_sum(sums[0]) & 0xffff);
 }
 
-// The product of bytes as the kernels take it: maddubs, then pairs of sums widened by madd.
+// The product of bytes as the kernels take it, and as any of them could: with AVX-VNNI one instruction, else maddubs, then
+// pairs of sums widened by madd.
 int64_t int8_peak(int64_t iterations) {
   __m256i sums[8], a = _mm256_set1_epi8(1);
-  const __m256i b = _mm256_set1_epi8(2), ones = _mm256_set1_epi16(1);
+  const __m256i b = _mm256_set1_epi8(2);
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
   for (int64_t n = 0; n < iterations; ++n) {
@@ -81,7 +82,8 @@ int64_t int8_peak(int64_t iterations) {
     for (int i = 0; i < 8; ++i) {
       __m256i product = a;
       asm volatile("" : "+x"(product));
-      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(product, b), ones));
+      sums[i] = add_products<kVnni ? Dot::bytes : Dot::seven_bits>(sums[i], product, b);
+      keep(sums[i]);
     }
   }
 #pragma GCC unroll 8

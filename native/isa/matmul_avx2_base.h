@@ -4,6 +4,8 @@
 
 #include "isa/matmul_common.h"
 
+#define HASTEN_INLINE inline __attribute__((always_inline))
+
 namespace hasten {
 namespace {
 

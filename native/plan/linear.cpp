@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <bit>
+#include <chrono>
+#include <sstream>
 
 #include "plan/fault.h"
 #include "plan/steps.h"
@@ -8,8 +10,6 @@ namespace hasten {
 namespace {
 
 constexpr int64_t kAlone = 4096;                // elements of input that each thread rather prepares itself than waits for
-constexpr int64_t kTileBytes = 128 * 1024;      // of output that a thread keeps in its cache between kernel and epilogue
-constexpr int64_t kChunksPerThread = 6;         // work is cut this fine, so that a slow thread delays little
 constexpr int64_t kFewestTokens = 16;           // a chunk of panels is not cut into fewer tokens than this
 
 int64_t floats(int64_t count) { return round_up(count * static_cast<int64_t>(sizeof(float)), kAlign); }
@@ -17,7 +17,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-LinearStep::LinearStep(const Kernels& kernels, const Sizes& sizes, const Value& in, std::optional<NormSpec> norm,
+LinearStep::LinearStep(const Kernels& kernels, const Sizes& sizes, Tuning& tuning, const Value& in, std::optional<NormSpec> norm,
                        std::vector<Part> parts, std::vector<Value> outs, std::optional<ActivationKind> gate,
                        std::optional<Value> residual)
     : in_(in), norm_(norm), parts_(std::move(parts)), outs_(std::move(outs)), gate_(gate), residual_(residual) {
@@ -31,15 +31,29 @@ LinearStep::LinearStep(const Kernels& kernels, const Sizes& sizes, const Value& 
       wants_bf16_ = true;
     else
       wants_f32_ = true;
-    kernel = std::max(kernel, kernels.matmul_scratch(w, most));
+    kernel = std::max(kernel, kernels.matmul_scratch(w, std::min(most, Tuning::most_tokens())));
   }
   int64_t tile = 0, alone_tokens = 1;
   while (alone_tokens < most && alone(alone_tokens + 1)) ++alone_tokens;
-  for (int64_t tokens = 1; tokens <= most; ++tokens) tile = std::max(tile, tile_bytes(cut(tokens, sizes.threads)));
+  for (int64_t tokens = 1; tokens <= most; ++tokens)
+    for (const Blocking& blocking : Tuning::candidates(Tuning::regime(tokens)))
+      tile = std::max(tile, tile_bytes(cut(tokens, sizes.threads, blocking)));
   shared_bytes_ = layout(most).bytes;
   tile_offset_ = layout(alone_tokens).bytes + floats(in_.width);
   kernel_offset_ = tile_offset_ + round_up(tile, kAlign);
   scratch_bytes_ = kernel_offset_ + kernel;
+  place_ = tuning.join(signature());
+  member_ = tuning.member(place_);
+}
+
+std::string LinearStep::signature() const {
+  std::ostringstream text;
+  text << (gate_ ? "gate" : residual_ ? "residual" : "plain");
+  for (const Part& part : parts_) {
+    const Weight& w = part.weight;
+    text << ' ' << static_cast<int>(w.kind) << "-g" << w.group << ':' << w.rows << 'x' << w.columns;
+  }
+  return text.str();
 }
 
 // --- the input, in the forms that the parts read
@@ -93,18 +107,20 @@ LinearStep::Prepared LinearStep::place(const Worker& w, int64_t tokens) const {
 
 // --- the products
 
-LinearStep::Cut LinearStep::cut(int64_t tokens, int threads) const {
+LinearStep::Cut LinearStep::cut(int64_t tokens, int threads, const Blocking& blocking) const {
   int64_t panels = 0;
   for (const Part& part : parts_) panels += part.weight.panels();
   if (gate_) panels /= 2;
   Cut c{};
-  const int64_t fine = ceil_div(panels, threads * kChunksPerThread);
-  const int64_t in_cache = kTileBytes / (tokens * kPanel * static_cast<int64_t>(sizeof(float)) * (gate_ ? 2 : 1));
+  const int64_t fine = ceil_div(panels, threads * blocking.chunks_per_thread);
+  const int64_t rows = std::min(tokens, blocking.tokens);
+  const int64_t in_cache = blocking.tile_bytes / (rows * kPanel * static_cast<int64_t>(sizeof(float)) * (gate_ ? 2 : 1));
   c.panels = std::max<int64_t>(2, std::min(fine, in_cache) / 2 * 2);  // kernels like pairs of panels
   for (size_t i = 0; i < (gate_ ? 1 : parts_.size()); ++i) c.panel_chunks += ceil_div(parts_[i].weight.panels(), c.panels);
   c.token_chunks = c.panel_chunks >= 2 * threads
                        ? 1
                        : std::clamp<int64_t>(ceil_div(2 * threads, c.panel_chunks), 1, ceil_div(tokens, kFewestTokens));
+  c.token_chunks = std::max(c.token_chunks, ceil_div(tokens, blocking.tokens));
   c.tokens = ceil_div(tokens, c.token_chunks);
   c.token_chunks = ceil_div(tokens, c.tokens);
   return c;
@@ -216,7 +232,9 @@ void LinearStep::run(const Worker& w) const {
     w.team.for_each(tokens, [&](int64_t token) { prepare_token(w.run, token, p, normed); });
     ready = true;
   }
-  const Cut c = cut(tokens, w.team.threads());
+  const bool timed = w.team.thread() == 0 && w.run.tuning.wants(place_, tokens);
+  const auto begun = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+  const Cut c = cut(tokens, w.team.threads(), w.run.tuning.blocking(place_, member_, tokens));
   w.team.for_each(c.panel_chunks * c.token_chunks, [&](int64_t i) {
     for (int64_t token = 0; !ready && token < tokens; ++token) prepare_token(w.run, token, p, normed);
     ready = true;
@@ -226,6 +244,8 @@ void LinearStep::run(const Worker& w) const {
     else
       run_plain(w, p, piece);
   });
+  if (timed)
+    w.run.tuning.note(place_, member_, tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
 }
 
 }  // namespace hasten

@@ -1,5 +1,7 @@
 #include "plan/pool.h"
 
+#include "plan/recording.h"
+
 #include <pthread.h>
 #include <sched.h>
 
@@ -44,7 +46,12 @@ void wait_for_change(const std::atomic<uint32_t>& flag, uint32_t old) {
 
 }  // namespace
 
-void Team::wait(uint32_t phase) { wait_for_change(state_.phase, phase); }
+void Team::wait(uint32_t phase) {
+  const bool noted = note_ != note_end_;
+  if (noted) *note_++ = steady_nanoseconds();
+  wait_for_change(state_.phase, phase);
+  if (noted) *note_++ = steady_nanoseconds();
+}
 
 void Team::finish(uint32_t phase) {
   state_.done.store(0, std::memory_order_relaxed);
@@ -102,6 +109,7 @@ void Pool::run_erased(int threads, Erased job, void* context) {
   while (static_cast<int>(pool.workers.size()) < threads - 1) {
     const int index = static_cast<int>(pool.workers.size()) + 1;
     auto worker = std::make_unique<Impl::Worker>();
+    pool.workers.reserve(pool.workers.size() + 1);  // nothing may throw once the thread has its worker
     std::thread([&pool, self = worker.get(), index] { pool.work(*self, index); }).detach();
     pool.workers.push_back(std::move(worker));
   }

@@ -26,6 +26,8 @@ class Team {
   Team(TeamState& state, int thread) : state_(state), thread_(thread) {}
   int thread() const { return thread_; }  // 0 is the caller of Pool::run
   int threads() const { return state_.threads; }
+  // Where this thread notes when it begins and ends to wait, a pair each time while there is room.
+  void note_waits(int64_t* first, int64_t* end) { note_ = first, note_end_ = end; }
 
   // body(i) for each i in [0, count), on whichever thread comes first; returns when all are done, and their writes seen.
   // Every thread of the team must make the same calls in the same order. Only inside a body may it look at memory that
@@ -55,6 +57,8 @@ class Team {
   TeamState& state_;
   const int thread_;
   uint32_t phase_ = 0;  // that this thread comes to next
+  int64_t* note_ = nullptr;
+  int64_t* note_end_ = nullptr;
 };
 
 class Pool {

@@ -168,20 +168,37 @@ Program::Use::Use(const Program& program) : busy_(program.busy_) {
   if (busy_.exchange(true)) throw std::runtime_error("a program runs one step at a time; another thread is in it");
 }
 
+void Program::record(int64_t runs) {
+  const Use use(*this);
+  recording_ = runs == 0 ? Recording() : Recording(runs, sizes_.threads, step_count());
+}
+
 void Program::step(const BatchView& batch) {
   const Use use(*this);
   ++writer_;
   check(batch);
   cut_tiles(batch);
   for (auto& table : ropes_) table->note(batch.positions, batch.token_count);
-  const Run run{kernels_, batch, arena_floats(), shared_.data(), sequences_.data(), tiles_, fault_parts(sizes_, batch)};
+  const Run run{kernels_, batch, arena_floats(), shared_.data(), sequences_.data(), tiles_, fault_parts(sizes_, batch), tuning_};
   Pool::instance().run(sizes_.threads, [&](Team& team) {
     const Worker worker{team, run, scratch_.data() + team.thread() * scratch_stride_};
+    int64_t* at = recording_.row(team.thread());
+    if (at != nullptr) team.note_waits(recording_.waits(at), recording_.waits_end(at));
+    const auto mark = [&at] {
+      if (at != nullptr) *at++ = steady_nanoseconds();
+    };
+    mark();
     for (auto& table : ropes_) table->fill(team);
-    for (const auto& step : steps_) step->run(worker);
+    mark();
+    for (const auto& step : steps_) {
+      step->run(worker);
+      mark();
+    }
   });
+  recording_.over();
   // Where a thread could not be started, nothing ran: the last step's outputs stand, and no new position is known.
   for (auto& table : ropes_) table->filled();
+  tuning_.settle();
   last_tokens_ = batch.token_count;
   last_rows_ = batch.row_count;
 }

@@ -9,6 +9,8 @@
 #include "core.h"
 #include "plan/arena.h"
 #include "plan/pool.h"
+#include "plan/recording.h"
+#include "plan/tuning.h"
 
 namespace hasten {
 
@@ -60,6 +62,7 @@ struct Run {
   const int32_t* sequences;            // [tokens] sequence of each token
   const std::vector<QueryTile>& tiles;
   int fault_parts;                     // see fault.h; 0 always but in tests
+  Tuning& tuning;
 
   int64_t count(const Value& value) const { return value.selected ? batch.row_count : batch.token_count; }
   float* row(const Value& value, int64_t index) const { return arena + value.offset + index * value.stride; }
@@ -130,6 +133,10 @@ class Program {
 
   // --- running. Throws BatchError or ContextLimitError and changes nothing, where the batch is not well formed.
   void step(const BatchView& batch);
+  // From here on, the next `runs` steps are recorded; 0 ends it. What was recorded before is gone.
+  void record(int64_t runs);
+  const Recording& recording() const { return recording_; }
+  int64_t step_count() const { return static_cast<int64_t>(steps_.size()); }
 
   const Kernels& kernels() const { return kernels_; }
   const Sizes& sizes() const { return sizes_; }
@@ -138,6 +145,7 @@ class Program {
   const Value& output() const { return output_; }
   int64_t kv_bytes() const;
   int64_t buffer_bytes() const;
+  Tuning& tuning() { return tuning_; }
 
  private:
   float* arena_floats() const { return reinterpret_cast<float*>(arena_.data()); }
@@ -155,6 +163,7 @@ class Program {
     Arena keys, values;
   };
   std::vector<Layer> layers_;
+  Tuning tuning_;
   int64_t vocabulary_ = 0, hidden_width_ = 0;
   Value output_;
   Arena arena_, shared_, scratch_;
@@ -164,6 +173,7 @@ class Program {
   std::vector<uint64_t> written_;        // [kv_blocks] the step that last wrote a block: it is written once in a step
   uint64_t writer_ = 0;
   int64_t last_tokens_ = 0, last_rows_ = 0;
+  Recording recording_;
   mutable std::atomic<bool> busy_{false};
 };
 

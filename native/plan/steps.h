@@ -99,7 +99,7 @@ class LinearStep : public Step {
     Weight weight;
     const float* bias;  // [rows] or null
   };
-  LinearStep(const Kernels& kernels, const Sizes& sizes, const Value& in, std::optional<NormSpec> norm,
+  LinearStep(const Kernels& kernels, const Sizes& sizes, Tuning& tuning, const Value& in, std::optional<NormSpec> norm,
              std::vector<Part> parts, std::vector<Value> outs, std::optional<ActivationKind> gate,
              std::optional<Value> residual);
   void run(const Worker& worker) const override;
@@ -126,7 +126,8 @@ class LinearStep : public Step {
   Layout layout(int64_t tokens) const;
   Prepared place(const Worker& worker, int64_t tokens) const;
   void prepare_token(const Run& run, int64_t token, const Prepared& p, float* normed) const;
-  Cut cut(int64_t tokens, int threads) const;
+  Cut cut(int64_t tokens, int threads, const Blocking& blocking) const;
+  std::string signature() const;     // of the work: linears alike have the same
   Chunk chunk(const Cut& cut, int64_t index, int64_t tokens) const;
   void multiply(const Run& run, const Prepared& p, const Part& part, const Chunk& c, float* out, int64_t out_stride,
                 std::byte* scratch) const;
@@ -146,6 +147,8 @@ class LinearStep : public Step {
   bool wants_f32_ = false, wants_bf16_ = false;
   int64_t group_ = 0;  // of the int8 input; 0: no part wants it
   int64_t tile_offset_ = 0, kernel_offset_ = 0;
+  int place_ = 0;                     // in the tuning
+  int64_t member_ = 0;
   int64_t scratch_bytes_ = 0, shared_bytes_ = 0;
 };
 

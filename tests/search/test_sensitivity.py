@@ -119,6 +119,20 @@ def test_measures_once_and_estimates_the_rest(tmp_path: Path) -> None:
         assert by["int4-g128"] == pytest.approx(by["int4-g64"] * ratio)
 
 
+def test_a_format_that_cannot_hold_a_matrix_is_no_candidate(tmp_path: Path) -> None:
+    graph, arrays, weights, _ = model()
+    name = "blocks.0.down.weight"
+    arrays[name] = arrays[name] * np.float32(1e9)  # int4's scales would pass f16's 65504
+    weights[name] = F32.pack(arrays[name])
+    packer = Packer(weights, arrays.__getitem__, {})
+    found = tensors(graph, weights)
+    with Trials(tmp_path / "work") as trials:
+        errors = sensitivity.errors(found, packer, trials, ["model"], silent)
+    left = {t.name: t.choices for t in sensitivity.holdable(found, errors)}
+    assert {c.format for c in left[name] if not c.is_original} == {"bf16"}
+    assert all(len(left[t.name]) == len(t.choices) for t in found if t.name != name)
+
+
 def test_a_block_left_out_takes_its_neighbours_measure() -> None:
     def tensor(block: int) -> Tensor:
         return Tensor(f"b.{block}.up", (8, 8), "f32", block, 1, 0, False, (KEEP, Choice("int4-g64", "clip")))

@@ -112,3 +112,10 @@ def test_a_little_overlap_is_said_and_counted(tmp_path: Path) -> None:
     assert found.seen == pytest.approx(100 / 4067, abs=1e-3)
     assert any("also stands in the calibration text" in n for n in found.notes)
     assert texts.choose(Bytes(), 256, first, second).seen == 0.0
+
+
+def test_a_slice_that_repeats_an_earlier_one_is_left_out() -> None:
+    rng = np.random.default_rng(3)
+    own = [rng.integers(0, 5000, 1024).astype(np.int32) for _ in range(40)]
+    assert len(texts.slices([*own[:20], *own[20:]], 18_000)) == 2
+    assert len(texts.slices([*own[:20], *own[:20]], 18_000)) == 1

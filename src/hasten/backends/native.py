@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
+from hasten.backends import blocking
 from hasten.backends.batch import Batch, Float32, Int32, Limits, Outputs, Sampled, SamplingBatch
 from hasten.errors import BackendError, ContextError, InputError, MemoryLimitError
 from hasten.formats.base import Weight
@@ -20,12 +22,15 @@ from hasten.graph.memory import plan
 Weights = Mapping[str, "Weight | Float32"]
 
 
-def compile(graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] = (), isa: str = "") -> NativeProgram:
+def compile(
+    graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] = (), isa: str = "", tune: bool = False
+) -> NativeProgram:
     """`graph`, unfused, as a program with a KV cache of its own.
 
     `weights` has a packed Weight for every matrix and a float32 array for every vector; none is copied, all are kept
     alive. `keep` names values that stay readable through `Outputs.value`. `isa` forces an instruction set ("": the
-    best, or what HASTEN_ISA says). Raises ContextError where limits.context is longer than the graph's,
+    best, or what HASTEN_ISA says). `tune`: its first steps find out how work is best cut here, unless an earlier
+    process did; the bits are the same. Raises ContextError where limits.context is longer than the graph's,
     MemoryLimitError where the buffers cannot be had, BackendError for all else that does not fit.
     """
     keep = tuple(keep)
@@ -36,7 +41,7 @@ def compile(graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] 
         raise BackendError(f"no value '{missing[0]}' in this graph to keep")
     fused = fuse(graph, keep)
     try:
-        return NativeProgram(_Planner(fused, weights, limits, keep, isa), limits)
+        return NativeProgram(_Planner(fused, weights, limits, keep, isa), limits, tune)
     except MemoryError:
         raise MemoryLimitError(
             f"no memory for a cache of {limits.kv_blocks} blocks of {limits.block_size} tokens and buffers for "
@@ -47,18 +52,36 @@ def compile(graph: Graph, weights: Weights, limits: Limits, keep: Iterable[str] 
         raise BackendError(str(error)) from None
 
 
+@dataclass(frozen=True)
+class Recording:
+    """When the threads were where in the recorded steps: nanoseconds of `_native.clock_ns()`, 0 for what never was."""
+
+    marks: npt.NDArray[
+        np.int64
+    ]  # [runs, threads, plan steps + 2] it has entered; rope is ready; each plan step is over
+    waits: npt.NDArray[np.int64]  # [runs, threads, n, 2] it began and ended to wait for the others
+
+
 class NativeProgram:
     """A compiled graph with its weights and cache; one step at a time."""
 
-    def __init__(self, planner: _Planner, limits: Limits) -> None:
+    def __init__(self, planner: _Planner, limits: Limits, tune: bool) -> None:
         self.limits = limits
         self._native = planner.program
         self._values = planner.readable
         self._output = planner.graph.output
+        self.graph = planner.graph
+        """The fused graph."""
+        self.plan = tuple(planner.steps)
+        """Of each plan step, the node of the fused graph that it computes."""
         self._weight_bytes = planner.weight_bytes
         self._steps = 0
         self.threads: int = self._native.threads
         self.isa: str = self._native.isa
+        self._tuned = 0
+        if tune:
+            blocking.recall(self._native)
+            self._native.tune(True)
 
     def step(self, batch: Batch) -> NativeOutputs:
         """Run `batch`. Raises ContextError for a position past the context and InputError for every other bad batch."""
@@ -71,7 +94,33 @@ class NativeProgram:
         except TypeError:
             raise InputError(_misfit(batch, _BATCH)) from None
         self._steps += 1
+        if self._native.tuned != self._tuned:
+            self._tuned = self._native.tuned
+            blocking.keep(self._native)
         return NativeOutputs(self, self._steps)
+
+    def record(self, runs: int) -> None:
+        """Record the next `runs` steps, 0 to end it. What was recorded before is gone; no result's bits change.
+
+        Raises BackendError for a number that cannot be, MemoryLimitError where there is no room for so many.
+        """
+        try:
+            self._native.record(runs)
+        except MemoryError:
+            raise MemoryLimitError(f"no memory to record {runs} steps", "record fewer steps") from None
+        except ValueError as error:
+            raise BackendError(str(error)) from None
+
+    def recording(self) -> Recording:
+        """The steps recorded so far."""
+        rows, length = self._native.recorded()
+        flat = np.empty((rows, length), np.int64)
+        self._native.copy_recording(flat)
+        runs, marks = rows // self.threads, len(self.plan) + 2
+        pairs = max(length - marks, 0) // 2
+        flat = flat.reshape(runs, self.threads, length)
+        waits = flat[..., marks : marks + 2 * pairs].reshape(runs, self.threads, pairs, 2)
+        return Recording(flat[..., :marks], waits)
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights, KV cache and buffers, as allocated; pages of the latter two count once they are used."""
@@ -203,6 +252,7 @@ class _Planner:
             limits.threads,
         )
         self._arrays: dict[int, int] = {}
+        self.steps: list[Node] = []
         buffers = plan(graph, limits.max_tokens, limits.max_rows, keep)
         self.widths, selected = graph.widths(), graph.row_values()
         self.values = {
@@ -211,6 +261,7 @@ class _Planner:
         }
         for node in graph.nodes:
             self._add(node)
+            self.steps += [node] * (self.program.step_count - len(self.steps))
         self.program.finish(buffers.total, self.values[graph.output])
         self.readable = {name: (self.values[name], self.widths[name]) for name in {*keep, graph.output}}
 

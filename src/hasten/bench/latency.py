@@ -141,7 +141,7 @@ class Loaded:
         memory.require(memory.predict(graph, 0, limits), memory.memory()[1])
         self.work = count(graph, weights, kv_format)
         self.prompt, self.new = prompt, new
-        self.program = native.compile(graph, weights, limits)
+        self.program = native.compile(graph, weights, limits, tune=True)
         self._tables = np.arange(limits.kv_blocks, dtype=np.int32).reshape(batch, -1)
         draw = np.random.default_rng(0)
         self._prompts = draw.integers(0, graph.vocabulary, (batch, prompt), dtype=np.int32)

@@ -6,6 +6,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasten.backends.host import cpu_name
 from hasten.engine.memory import ROOT, kilobytes, memory
 from hasten.errors import BackendError
 
@@ -99,18 +100,6 @@ def peak_resident() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
-
-
-def cpu_name(root: Path = ROOT) -> str:
-    """The processor's name as its maker writes it, or the architecture's."""
-    try:
-        for line in (root / "proc/cpuinfo").read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return " ".join(value.split())
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def last_level_cache(root: Path = ROOT) -> int:

@@ -1,4 +1,7 @@
-"""Reading the small files of a model directory: regular files of bounded size, and JSON that is what it must be."""
+"""Reading the small files of a model directory: regular files of bounded size, and JSON that is what it must be.
+
+And writing a file so that nobody ever sees half of it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from hasten.errors import CheckpointError
+from hasten.errors import CheckpointError, OutputError
 
 LARGEST_JSON = 64 << 20
 LARGEST_TOKENIZER = 512 << 20
@@ -88,3 +91,23 @@ def plain_name(name: object, suffix: str, where: str) -> str:
     ):
         raise CheckpointError(f"{where} names the file {name!r}, must be a plain name ending in {suffix}")
     return name
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, in place of any file there: all of it or, with an OutputError, nothing."""
+    path = Path(os.path.realpath(path))
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path} exists and is not a file", "choose another output")
+        try:
+            with open(staging, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(staging, path)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None

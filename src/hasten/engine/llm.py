@@ -69,7 +69,7 @@ class LLM:
         )
         self.model = self.model.at_context(limits.context)  # rope may depend on it
         self.tokenizer = self.model.tokenizer
-        self.program = native.compile(self.model.graph, self.model.weights(report), limits)
+        self.program = native.compile(self.model.graph, self.model.weights(report), limits, tune=True)
         vocabulary = self.model.graph.vocabulary
         self.engine = Engine(self.program, vocabulary, self.tokenizer, self.model.eos_token_ids)
         self._ids = itertools.count()

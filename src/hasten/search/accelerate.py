@@ -98,6 +98,7 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
     key = [job.key, texts.digest(job.texts.calibration)]
     with job.stage("candidates"):
         errors = sensitivity.errors(found, packer, trials, key, job.report)
+        found = sensitivity.holdable(found, errors)
     with job.stage("timing kernels"):
         objective = job.settings.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)

@@ -8,7 +8,7 @@ neighbour by their weighted error: for small changes the divergence is quadratic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from hasten.compress import calibrate
 from hasten.compress.calibrate import Hidden, Report, Weights
 from hasten.compress.recipe import Choice
 from hasten.compress.run import Packer
+from hasten.errors import FormatError
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
 from hasten.search.candidates import Tensor
@@ -70,7 +71,10 @@ def _typical(tensor: Tensor, plan: Plan) -> list[Choice]:
 
 
 def errors(tensors: Sequence[Tensor], packer: Packer, trials: Trials, key: Json, report: Report) -> Losses:
-    """The weighted error of every choice of every matrix: made once, and where memory allows packed for good."""
+    """The weighted error of every choice of every matrix: made once, and where memory allows packed for good.
+
+    Infinite where a format cannot hold the matrix: `holdable` drops such choices.
+    """
     found: Losses = {}
     total, done = sum(len(t.choices) for t in tensors), 0
     for tensor in tensors:
@@ -81,9 +85,24 @@ def errors(tensors: Sequence[Tensor], packer: Packer, trials: Trials, key: Json,
                 found[tensor.name, choice] = 0.0
                 continue
             facts = [key, tensor.name, asdict(choice)]
-            found[tensor.name, choice] = trials.measure("error", facts, partial(packer.error, tensor.name, choice))
+            found[tensor.name, choice] = trials.measure("error", facts, partial(_error, packer, tensor.name, choice))
     report("candidates", total, total)
     return found
+
+
+def _error(packer: Packer, name: str, choice: Choice) -> float:
+    try:
+        return packer.error(name, choice)
+    except FormatError:
+        return float("inf")
+
+
+def holdable(tensors: Sequence[Tensor], errors: Losses) -> list[Tensor]:
+    """The tensors without the choices whose format cannot hold them (a scale beyond f16, say)."""
+    return [
+        replace(t, choices=tuple(c for c in t.choices if c.is_original or np.isfinite(errors[t.name, c])))
+        for t in tensors
+    ]
 
 
 def measure(

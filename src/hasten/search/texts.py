@@ -159,15 +159,20 @@ def take(windows: Sequence[Int32], tokens: float) -> list[Int32]:
 
 
 def slices(windows: Sequence[Int32], tokens: float, most: int = 3) -> list[list[Int32]]:
-    """Up to `most` disjoint slices of about `tokens` tokens; fewer and shorter where the text does not suffice."""
+    """Up to `most` disjoint slices of about `tokens` tokens; fewer and shorter where the text does not suffice.
+
+    A slice that largely repeats earlier ones is left out: a second try on it would be the first one over again.
+    """
     total = sum(len(w) for w in windows)
     count = int(max(1, min(most, total // min(tokens, 16384), len(windows))))
     size = min(tokens, total / count)
-    found, rest = [], list(windows)
+    found: list[list[Int32]] = []
+    rest = list(windows)
     for _ in range(count):
         part = take(rest, size)
         rest = rest[len(part) :]
-        if part:
+        seen = [window for earlier in found for window in earlier]
+        if part and not (seen and overlap(np.concatenate(seen), np.concatenate(part)) > MOST_SHARED):
             found.append(part)
     return found
 
