@@ -23,9 +23,9 @@ CHUNK = 512
 
 
 class LlamaCpp(protocol.Engine):
-    def load(self, path: str, threads: int, context: int, tools: str | None = None, **_: Any) -> dict[str, Any]:
+    def load(self, path: str, threads: int, tools: str | None = None, **_: Any) -> dict[str, Any]:
         """Nothing is read yet: the tools load the model themselves. `tools` is the folder that holds them."""
-        self.path, self.threads, self.length = path, threads, context
+        self.path, self.threads = path, threads
         self.tools = Path(tools) if tools else None
         self.model: Any = None
         self.context: Any = None
@@ -52,9 +52,16 @@ class LlamaCpp(protocol.Engine):
         return {"seconds": float(np.median(taken)), "repeats": len(taken), "via": "llama-bench"}
 
     def decode(
-        self, batch: int, depth: int, new: int, least: float, flash: bool = False, cache: str = "f16", **_: Any
+        self,
+        batch: int,
+        depth: int,
+        new: int,
+        least: float,
+        flash: bool = False,
+        cache: str = "f16",
+        via: str = "tools",
     ) -> dict[str, Any]:
-        if self.tools is not None and depth <= 1024:
+        if self.tools is not None and via == "tools" and depth <= 1024:
             return self.batched_bench(batch, depth, new, flash, cache)
         self.open(batch, depth + new, flash, cache)
         return {**super().decode(batch, depth, new, least), "via": "C interface"}
@@ -134,8 +141,11 @@ class LlamaCpp(protocol.Engine):
             found = self.step(part, list(range(start, start + len(part))), [sequence] * len(part), wanted)
         return int(found[0].argmax())
 
+    def first_token(self, tokens: int) -> dict[str, Any]:
+        self.open(1, tokens + 1, True, "f16")
+        return super().first_token(tokens)
+
     def prompt(self, tokens: list[int]) -> None:
-        self.open(1, max(self.length, len(tokens) + 1), self.shape[0][1] if self.shape else True, "f16")
         self.c.llama_memory_clear(self.memory, False)
         self.feed(tokens)
 
@@ -170,7 +180,7 @@ class LlamaCpp(protocol.Engine):
 
     def logits(self, path: str, out: str, tokens: list[int], threads: int) -> dict[str, Any]:
         """Teacher-forced: float32 [tokens, vocabulary] into the .npy file `out`."""
-        self.load(path, threads, len(tokens))
+        self.load(path, threads)
         self.open(1, len(tokens), False, "f32")
         found = []
         for start in range(0, len(tokens), CHUNK):
@@ -182,7 +192,7 @@ class LlamaCpp(protocol.Engine):
 
     def encode(self, path: str, text: str) -> dict[str, Any]:
         """The tokens of a text, with whatever the file says stands before them."""
-        self.load(path, 1, 32)
+        self.load(path, 1)
         self.open(1, 32, False, "f16")
         found = (self.c.llama_token * (len(text.encode()) + 8))()
         data = text.encode()
