@@ -29,8 +29,8 @@ class Work:
     token_bytes: int
     """Weights that each token reads: its row of the embedding."""
     attention: tuple[Attention, ...]
-    kv_bytes: int
-    """Bytes of one number in the KV cache."""
+    kv_bytes: float
+    """Bytes of one number in the KV cache, its share of a scale included."""
 
     def prompt_seconds(self, prompt: int, limits: Limits) -> float:
         """The least time for one prompt and its first token: every product at the limit of its kind."""
@@ -45,7 +45,7 @@ class Work:
     def decode_bytes(self, position: int, batch: int) -> int:
         """Bytes that one step must read in which each of `batch` sequences decodes its token at `position`."""
         cache = sum(2 * a.kv_heads * a.head_dim * seen(a, position) for a in self.attention) * self.kv_bytes
-        return self.step_bytes + batch * (self.token_bytes + cache)
+        return self.step_bytes + batch * (self.token_bytes + round(cache))
 
     def decode_seconds(self, prompt: int, new: int, batch: int, limits: Limits) -> float:
         """The least time for `new` steps from depth `prompt`: every byte read once, at the memory's limit."""

@@ -44,7 +44,7 @@ class Prepared:
     settings: dict[str, Any]
     step_bytes: int
     file_bytes: int
-    kv_bytes: int = 2
+    kv_bytes: float = 2
     """Bytes of one number in its cache."""
 
 
