@@ -99,12 +99,16 @@ def gather(
     *,
     random: bool,
     format_names: Sequence[str],
+    kv_format: str,
     threads: int,
     cache: Path,
     logs: Path,
     report: Report,
 ) -> Field:
-    """Prepare everyone. `model` was opened without weights if `random`. Raises what writing and packing raises."""
+    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` is of hasten's cache.
+
+    Raises what writing and packing raises.
+    """
     folder = folder_for(model, random, cache)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +122,8 @@ def gather(
         "tokens": max(w.batch * (w.length + 64) for w in workloads),
         "batch": max(w.batch for w in workloads),
     }
-    ours = _hasten(model if not format_names and not random else shared, format_names, folder, load, logs, report)
+    start = model if not format_names and not random else shared
+    ours = _hasten(start, format_names, folder, {**load, "kv_format": kv_format}, logs, report)
     works = {c.variant.bits: _work(c) for c in ours}
     contenders, missing = list(ours), []
     for name in names:
@@ -154,7 +159,7 @@ def _hasten(
         path = _packed(model, name, folder, report) if name else model.path
         opened = checkpoint.open(str(path))
         shown = name or "/".join(sorted(set(opened.formats.values())))
-        work = count(opened.graph, opened.weights(), memory.kv_format(opened.formats.values()))
+        work = _count(opened, load["kv_format"])
         variant = Variant(shown, bits_class(work.bits_per_weight))
         prepared = Prepared({"path": str(path)}, work.step_bytes, opened.bytes_on_disk, work.kv_bytes)
         made.append(
@@ -178,8 +183,12 @@ def _packed(model: checkpoint.Model, name: str, folder: Path, report: Report) ->
 
 
 def _work(contender: Contender) -> Work:
-    opened = checkpoint.open(contender.prepared.settings["path"])
-    return count(opened.graph, opened.weights(), memory.kv_format(opened.formats.values()))
+    return _count(checkpoint.open(contender.prepared.settings["path"]), contender.load["kv_format"])
+
+
+def _count(model: checkpoint.Model, kv_format: str) -> Work:
+    auto = memory.kv_format(model.formats.values())
+    return count(model.graph, model.weights(), auto if kv_format == "auto" else kv_format)
 
 
 def _peer(

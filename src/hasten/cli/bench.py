@@ -48,6 +48,7 @@ class Options:
     output: Path | None = option(
         None, help="with --against: folder for report.json, a plot and Markdown; a run cut short goes on there"
     )
+    kv_format: str = option("auto", help="with --against: numbers of hasten's own KV cache")
     fresh: bool = option(False, help="with --against: measure anew what --output already holds")
     discard: bool = option(False, help="with --against: remove the peers' copies of the weights afterwards")
 
@@ -161,6 +162,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
             names,
             chosen,
             format_names=formats_of(options),
+            kv_format=options.kv_format,
             cache=cache,
             logs=output / "logs",
             report=report,
@@ -172,6 +174,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
                 contenders.folder_for(model, random, cache).name,
                 options.rounds,
                 threads,
+                options.kv_format,
                 sorted(f"{c.name} {c.version}" for c in field.contenders),
             ]
         )

@@ -10,7 +10,9 @@ import protocol
 
 
 class Hasten(protocol.Engine):
-    def load(self, path: str, threads: int, context: int, tokens: int, batch: int, **_: Any) -> dict[str, Any]:
+    def load(
+        self, path: str, threads: int, context: int, tokens: int, batch: int, kv_format: str = "auto", **_: Any
+    ) -> dict[str, Any]:
         """`context`: the longest sequence; `tokens`: those of all sequences together; `batch`: sequences at most."""
         import numpy as np
 
@@ -33,7 +35,7 @@ class Hasten(protocol.Engine):
             max_rows=batch,
             block_size=BLOCK,
             kv_blocks=-(-tokens // BLOCK) + batch,
-            kv_format=memory.kv_format(model.formats.values()),
+            kv_format=memory.kv_format(model.formats.values()) if kv_format == "auto" else kv_format,
             threads=threads,
         )
         memory.require(memory.predict(model.graph, 0, limits), memory.memory()[1])
