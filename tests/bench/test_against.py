@@ -71,15 +71,15 @@ def measured(found: Field, workload: Workload = PREFILL, rounds: int = 3) -> dic
 
 def test_engines_take_turns_and_ratios_are_of_the_same_round() -> None:
     log: list[str] = []
-    ours = contender(Fake("a", log, [9.0, 1.0, 10.0, 2.0]), "hasten")  # the first is the trial, the third a disturbance
-    theirs = contender(Fake("b", log, [9.0, 3.0, 30.0, 8.0]), "openvino")
+    ours = contender(Fake("a", log, [0.9, 0.125, 1.0, 0.25]), "hasten")  # the first is the trial, the third a disturbance
+    theirs = contender(Fake("b", log, [0.9, 0.375, 3.0, 1.0]), "openvino")
     found = measured(field(ours, theirs))
     assert log == ["a", "b"] + ["a", "b"] * 3
     ratio = found["ratios"]["hasten a"]["peers"]["openvino b"]
     assert ratio == {"median": 3.0, "low": 3.0, "high": 4.0}
     assert found["ratios"]["hasten a"]["best"] == "openvino b"
-    assert found["engines"]["hasten a"]["median"] == pytest.approx(8 / 2.0)
-    assert found["engines"]["hasten a"]["low"] == pytest.approx(8 / 10.0)
+    assert found["engines"]["hasten a"]["median"] == pytest.approx(8 / 0.25)
+    assert found["engines"]["hasten a"]["low"] == pytest.approx(8 / 1.0)
     assert len(found["limits"]) == 3
 
 

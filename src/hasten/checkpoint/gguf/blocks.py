@@ -11,6 +11,7 @@ from hasten.errors import CheckpointError
 from hasten.formats.base import Float32
 
 BLOCK = 32
+CHUNK = 1 << 22  # numbers encoded at a time: each passes through several arrays as large
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -45,11 +46,16 @@ def encode(values: Float32, kind: Kind, name: str = "a tensor") -> UInt8:
 
     Raises CheckpointError naming the tensor where its values, or its scales, are beyond what f16 holds.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        encoded = ENCODERS[kind.name](values)
-    if encoded is None:
-        raise CheckpointError(f"tensor '{name}' has values beyond what {kind.name} holds", "write the model as f32")
-    return encoded
+    out = np.empty(kind.nbytes(1, values.size), np.uint8)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    for start in range(0, values.size, CHUNK):
+        with np.errstate(over="ignore", under="ignore"):
+            encoded = ENCODERS[kind.name](flat[start : start + CHUNK])
+        if encoded is None:
+            raise CheckpointError(f"tensor '{name}' has values beyond what {kind.name} holds", "write the model as f32")
+        begin = kind.nbytes(1, start)
+        out[begin : begin + encoded.size] = encoded
+    return out
 
 
 def _f32(values: Float32) -> UInt8:
@@ -63,7 +69,7 @@ def _f16(values: Float32) -> UInt8 | None:
 
 def _q8_0(values: Float32) -> UInt8 | None:
     """A block: f16 d = max|x| / 127, then 32 of int8 round(x / d), halves away from zero."""
-    blocks = np.ascontiguousarray(values).reshape(-1, BLOCK)  # [blocks, 32]
+    blocks = values.reshape(-1, BLOCK)  # [blocks, 32]
     scale = np.abs(blocks).max(axis=1) / np.float32(127)  # [blocks]
     scaled = blocks * _inverse(scale)[:, None]
     codes = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled).astype(np.int8)
@@ -73,7 +79,7 @@ def _q8_0(values: Float32) -> UInt8 | None:
 def _q4_0(values: Float32) -> UInt8 | None:
     """A block: f16 d = m / -8 with m the value farthest from zero, then min(15, int(x / d + 8.5)); two a byte, the
     first half of the block in the low bits."""
-    blocks = np.ascontiguousarray(values).reshape(-1, BLOCK)  # [blocks, 32]
+    blocks = values.reshape(-1, BLOCK)  # [blocks, 32]
     farthest = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=1)[:, None], axis=1)[:, 0]
     scale = farthest / np.float32(-8)  # [blocks]
     codes = np.minimum((blocks * _inverse(scale)[:, None] + np.float32(8.5)).astype(np.int8), 15).astype(np.uint8)
