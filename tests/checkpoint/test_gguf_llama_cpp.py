@@ -15,7 +15,7 @@ from hasten.backends.batch import Batch, Limits
 from hasten.bench.contenders import cache_directory
 from hasten.bench.peers import llama_cpp
 from hasten.bench.peers.common import Environment, Runner
-from hasten.checkpoint.gguf import write_gguf
+from hasten.checkpoint.gguf import export, write_gguf
 
 LOGITS_BOUND = 1e-4
 """Of the largest logit: both add float32 in other orders, and llama.cpp takes exp and sin from tables of its own."""
@@ -68,6 +68,17 @@ def test_teacher_forced_it_says_the_same(llama: Runner, model: checkpoint.Model,
     print(f"{model.source}: {len(tokens)} positions, top token agrees at {agreed:.2%}, logits within {error:.1e}")
     assert agreed >= 0.999
     assert error < LOGITS_BOUND
+
+
+def test_the_comparison_would_see_rows_in_the_wrong_order(
+    llama: Runner, model: checkpoint.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "permuted", lambda values, heads: values)
+    tokens = list(model.tokenizer.encode(TEXT * 4))[:100]
+    write_gguf(model, tmp_path / "f32.gguf", "f32")
+    llama.call("logits", path=str(tmp_path / "f32.gguf"), out=str(tmp_path / "l.npy"), tokens=tokens, threads=2)
+    theirs, ours = np.load(tmp_path / "l.npy"), own_logits(model, tokens)
+    assert np.abs(theirs - ours).max() / np.abs(ours).max() > 100 * LOGITS_BOUND
 
 
 def test_text_is_cut_the_same(llama: Runner, model: checkpoint.Model, tmp_path: Path) -> None:
