@@ -71,9 +71,8 @@ def measured(found: Field, workload: Workload = PREFILL, rounds: int = 3) -> dic
 
 def test_engines_take_turns_and_ratios_are_of_the_same_round() -> None:
     log: list[str] = []
-    ours = contender(
-        Fake("a", log, [0.9, 0.125, 1.0, 0.25]), "hasten"
-    )  # the first is the trial, the third a disturbance
+    # The first is the trial, the third a disturbance of both.
+    ours = contender(Fake("a", log, [0.9, 0.125, 1.0, 0.25]), "hasten")
     theirs = contender(Fake("b", log, [0.9, 0.375, 3.0, 1.0]), "openvino")
     found = measured(field(ours, theirs))
     assert log == ["a", "b"] + ["a", "b"] * 3

@@ -17,6 +17,7 @@ from hasten.bench.peers import llama_cpp
 from hasten.bench.peers.common import Environment, Runner
 from hasten.checkpoint.gguf import export, write_gguf
 
+INSTALLED = cache_directory() / "peers" / "llama_cpp"  # the user's: while tests run, the cache is another
 LOGITS_BOUND = 1e-4
 """Of the largest logit: both add float32 in other orders, and llama.cpp takes exp and sin from tables of its own."""
 TEXT = "def encode(text: str) -> bytes:\n    return text.encode('utf-8')  # 12345, and a café\n"
@@ -24,7 +25,7 @@ TEXT = "def encode(text: str) -> bytes:\n    return text.encode('utf-8')  # 1234
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    home = Environment(cache_directory() / "peers" / "llama_cpp")
+    home = Environment(INSTALLED)
     if not home.ready.exists():
         pytest.skip("llama.cpp is not installed (hasten bench demo --against llama.cpp installs it)")
     log = tmp_path_factory.mktemp("llama") / "log"
