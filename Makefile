@@ -3,6 +3,7 @@
 #              (MODEL=folder FORMAT=int4-g128 AGAINST=openvino BENCH='--random-weights --workloads decode-1 --rounds 5')
 # make test    all tests (EXTRAS=train also installs torch and transformers, for the comparisons that need them)
 # make check   formatting, lint, types, floors, file sizes
+# make sanitize  the native tests under the address, undefined and thread sanitizers
 # make clean   remove everything that these made
 #
 # Needs python3 >= 3.11 with venv, and a C++20 compiler; cmake, ninja and the rest come through pip.
@@ -23,7 +24,7 @@ comma := ,
 empty :=
 extras := $(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))
 
-.PHONY: demo bench test check install clean
+.PHONY: demo bench test check sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -45,6 +46,19 @@ test: $(VENV)/tested-$(extras)
 
 check:
 	$(PYTHON) scripts/check
+
+# Each sanitizer is a build of its own; whatever it finds ends the program with an error.
+sanitize: $(VENV)/cmake
+	@for kind in address,undefined thread; do \
+	  build=build/sanitize-$${kind%%,*}; \
+	  echo "== $$kind" && $(bin)/cmake -S . -B $$build -DHASTEN_PYTHON=OFF -DHASTEN_SANITIZE=$$kind >/dev/null && \
+	  $(bin)/cmake --build $$build --target test_kernels -j 2 >$$build/log 2>&1 || { tail -50 $$build/log; exit 1; }; \
+	  $$build/test_kernels || exit 1; \
+	done
+
+$(VENV)/cmake: $(VENV)/made
+	$(pip) install -q 'cmake>=3.20'
+	@touch $@
 
 install: $(VENV)/installed
 

@@ -58,7 +58,7 @@ const Kernels& table(const std::string& isa) {
 
 std::vector<std::string> testable_isas() {
   std::vector<std::string> names = available_isas();
-  for (const char* emulated : {"avx2_vnni_emulated", "avx512_bf16_emulated"})
+  for (const char* emulated : {"avx2_vnni_emulated", "avx512_bf16_emulated", "avx512_emulated"})
     if (kernels_for(emulated)) names.emplace_back(emulated);
   return names;
 }
@@ -154,7 +154,7 @@ void bind_matmul(nb::module_& parent) {
   using namespace hasten;
   nb::module_ m = parent.def_submodule("matmul", "Matmul kernels by instruction set, for tests and benches");
   m.attr("Weight") = parent.attr("Weight");
-  m.def("isas", &testable_isas, "Tables that can be tested here, the emulated one among them");
+  m.def("isas", &testable_isas, "Tables that can be tested here, emulated ones among them");
   m.def("bf16_inputs", [](const std::string& isa) { return table(isa).bf16_inputs; }, "isa"_a);
   m.def("quantise", &quantise, "isa"_a, "x"_a, "group"_a, "-> codes [tokens, stride], scales and sums [tokens, groups]");
   m.def("matmul_int", &matmul_int, "isa"_a, "weight"_a, "codes"_a, "scales"_a, "sums"_a, "group"_a, "out"_a, "panel0"_a = 0,

@@ -92,20 +92,38 @@ double divergence(const std::string& isa, Floats p, Floats q) {
   return table(isa).divergence(p.data(), q.data(), static_cast<int64_t>(p.size()));
 }
 
-// Writes every row's keys and values into the cache (in place; float32, or bfloat16 as uint16) and attends `query_tile`
-// rows of a sequence at a time. q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim]; keys [blocks, kv_heads,
-// head_dim, block_size]; values [blocks, kv_heads, block_size, head_dim]; tables [sequences, blocks of one].
-template <class T>
-Result<float> attention(const std::string& isa, Floats q, Floats k, Floats v, Array<T> keys, Array<T> values, Ints positions,
-                        Ints starts, Ints tables, float scale, float softcap, int64_t window, bool causal,
-                        int64_t query_tile) {
+KvKind kv_kind(const std::string& name) {
+  const char* const names[] = {"f32", "bf16", "int8"};
+  for (size_t i = 0; i < std::size(names); ++i)
+    if (name == names[i]) return static_cast<KvKind>(i);
+  throw std::invalid_argument("unknown kv format '" + name + "'");
+}
+
+// One tile of queries over each span of keys by itself, then the join, as threads do it that share a long context.
+void attend_in_spans(const Kernels& kernels, const AttentionArgs& a, int64_t sequence, int64_t head, int64_t first, int64_t last,
+                     std::byte* scratch) {
+  const int64_t keys = span_blocks(a.kv.block_size) * a.kv.block_size;
+  const int64_t begin = a.seen(sequence, first).begin / keys, end = (a.seen(sequence, last - 1).end - 1) / keys + 1;
+  const int64_t size = partial_floats((last - first) * (a.heads / a.kv.kv_heads), a.kv.head_dim);
+  std::vector<float> partials(static_cast<size_t>((end - begin) * size));
+  for (int64_t span = end - 1; span >= begin; --span)
+    kernels.attend_span(a, sequence, head, first, last, span, partials.data() + (span - begin) * size, scratch);
+  kernels.attend_join(a, sequence, head, first, last, partials.data(), size, scratch);
+}
+
+// Writes every row's keys and values into the cache (in place, bytes as native/core.h lays them out in format `kv`) and attends
+// `query_tile` rows of a sequence at a time, whole or `in_spans`. q [tokens, heads, head_dim]; k, v [tokens, kv_heads,
+// head_dim]; keys, values [blocks, kv_heads, bytes of a head in a block]; tables [sequences, blocks of one].
+Result<float> attention(const std::string& isa, const std::string& kv, int64_t block_size, Floats q, Floats k, Floats v,
+                        Array<uint8_t> keys, Array<uint8_t> values, Ints positions, Ints starts, Ints tables, float scale,
+                        float softcap, int64_t window, bool causal, int64_t query_tile, bool in_spans) {
   const Kernels& kernels = table(isa);
   const auto heads = static_cast<int64_t>(q.shape(1)), head_dim = static_cast<int64_t>(q.shape(2));
   const auto kv_heads = static_cast<int64_t>(k.shape(1));
   auto out = make<float>({q.shape(0), q.shape(1), q.shape(2)});
   AttentionArgs a{};
-  a.kv = {sizeof(T) == 4 ? KvKind::f32 : KvKind::bf16, keys.data(), values.data(), kv_heads, head_dim,
-          static_cast<int64_t>(keys.shape(3))};
+  a.kv = {kv_kind(kv), keys.data(), values.data(), kv_heads, head_dim, block_size};
+  if (static_cast<int64_t>(keys.shape(2)) != a.kv.head_bytes()) throw std::invalid_argument("the cache has another size");
   a.q = q.data();
   a.k = k.data();
   a.v = v.data();
@@ -129,8 +147,11 @@ Result<float> attention(const std::string& isa, Floats q, Floats k, Floats v, Ar
     const int64_t begin = a.starts[s], end = a.starts[s + 1];
     for (int64_t t = begin; t < end; ++t) kernels.kv_write(a, s, t);
     for (int64_t head = 0; head < kv_heads; ++head)
-      for (int64_t t = begin; t < end; t += query_tile)
-        kernels.attend(a, s, head, t, std::min(end, t + query_tile), static_cast<std::byte*>(scratch));
+      for (int64_t t = begin; t < end; t += query_tile) {
+        auto* own = static_cast<std::byte*>(scratch);
+        if (in_spans) attend_in_spans(kernels, a, s, head, t, std::min(end, t + query_tile), own);
+        else kernels.attend(a, s, head, t, std::min(end, t + query_tile), own);
+      }
   }
   return out;
 }
@@ -142,7 +163,8 @@ nb::tuple sample(const std::string& isa, Floats logits, float temperature, int32
                 static_cast<int64_t>(history.size()), prompt_length};
   SampleResult result{};
   static SampleScratch scratch;   // reused, so that tests would see what a call leaves behind
-  sample_row(table(isa), logits.data(), static_cast<int64_t>(logits.size()), row, result, scratch);
+  const auto n = static_cast<int64_t>(logits.size());
+  sample_row(table(isa), logits.data(), n, reduce_row(table(isa), logits.data(), n), row, result, scratch);
   return nb::make_tuple(result.token, result.logprob);
 }
 
@@ -151,7 +173,8 @@ nb::tuple top(const std::string& isa, Floats logits, int64_t count) {
   const auto size = static_cast<size_t>(std::min<int64_t>(count, static_cast<int64_t>(logits.size())));
   auto tokens = make<int32_t>({size});
   auto values = make<float>({size});
-  top_logprobs(table(isa), logits.data(), static_cast<int64_t>(logits.size()), count, tokens.data(), values.data(), scratch);
+  const auto n = static_cast<int64_t>(logits.size());
+  top_logprobs(logits.data(), n, reduce_row(table(isa), logits.data(), n), count, tokens.data(), values.data(), scratch);
   return nb::make_tuple(tokens, values);
 }
 
@@ -166,10 +189,9 @@ void bind_ops(nb::module_& m) {
   m.def("ops_logsumexp", &logsumexp, "isa"_a, "x"_a);
   m.def("ops_argmax", &argmax, "isa"_a, "x"_a);
   m.def("ops_divergence", &divergence, "isa"_a, "p"_a, "q"_a);
-  m.def("ops_attention", &attention<float>, "isa"_a, "q"_a, "k"_a, "v"_a, "keys"_a, "values"_a, "positions"_a, "starts"_a,
-        "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "causal"_a = true, "query_tile"_a = 16);
-  m.def("ops_attention_bf16", &attention<uint16_t>, "isa"_a, "q"_a, "k"_a, "v"_a, "keys"_a, "values"_a, "positions"_a,
-        "starts"_a, "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0, "causal"_a = true, "query_tile"_a = 16);
+  m.def("ops_attention", &attention, "isa"_a, "kv"_a, "block_size"_a, "q"_a, "k"_a, "v"_a, "keys"_a.noconvert(),
+        "values"_a.noconvert(), "positions"_a, "starts"_a, "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0,
+        "causal"_a = true, "query_tile"_a = 16, "in_spans"_a = false);
   m.def("ops_sample", &sample, "isa"_a, "logits"_a, "temperature"_a = 1.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
         "min_p"_a = 0.0f, "repetition"_a = 1.0f, "presence"_a = 0.0f, "frequency"_a = 0.0f, "seed"_a = 0, "position"_a = 0,
         "history"_a, "prompt_length"_a = 0);

@@ -67,6 +67,13 @@ struct Rotation {  // one Rope's frequencies
   float factor;
 };
 
+KvKind kv_kind_of(const std::string& name) {
+  const char* names[] = {"f32", "bf16", "int8"};
+  for (int i = 0; i < 3; ++i)
+    if (name == names[i]) return static_cast<KvKind>(i);
+  throw std::invalid_argument("kv_format is '" + name + "', must be 'bf16', 'int8' or 'f32'");
+}
+
 const Kernels& table(const std::string& isa) {
   if (isa.empty()) return active_kernels();
   if (const Kernels* found = kernels_for(isa)) return *found;
@@ -88,9 +95,8 @@ Sizes sizes_of(int64_t context, int64_t max_tokens, int64_t max_sequences, int64
   positive("kv_blocks", kv_blocks);
   require(block_size >= 16 && block_size <= 4096 && block_size % 16 == 0,
           "block_size is " + std::to_string(block_size) + ", must be a multiple of 16");
-  require(kv_format == "f32" || kv_format == "bf16", "kv_format is '" + kv_format + "', must be 'bf16' or 'f32'");
   require(threads >= 0 && threads <= 1024, "threads is " + std::to_string(threads) + ", must be 0 (all granted) to 1024");
-  return {context,   max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_format == "f32" ? KvKind::f32 : KvKind::bf16,
+  return {context,   max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_kind_of(kv_format),
           threads == 0 ? granted_threads() : threads};
 }
 

@@ -19,28 +19,59 @@ inline constexpr int64_t activation_stride(int64_t columns, int64_t element_byte
   return (bytes % 2048 == 0 ? bytes + kAlign : bytes) / element_bytes;
 }
 
-enum class Kind : uint8_t { f32, f16, bf16, int8, int4, codebook4 };
+enum class Kind : uint8_t { f32, f16, bf16, int8, int4, codebook4, int3, codebook3, int2, codebook2, int1, codebook1, sparse8 };
+inline constexpr const char* kKindNames[] = {"f32",       "f16",  "bf16",      "int8", "int4",      "codebook4", "int3",
+                                             "codebook3", "int2", "codebook2", "int1", "codebook1", "sparse8"};
+
+// Bits of a code; 0 where weights are floats or stored unevenly.
+inline constexpr int kind_bits(Kind kind) {
+  constexpr int bits[] = {0, 0, 0, 8, 4, 4, 3, 3, 2, 2, 1, 1, 0};
+  return bits[static_cast<int>(kind)];
+}
+
+inline constexpr bool has_codebook(Kind kind) {
+  return kind == Kind::codebook4 || kind == Kind::codebook3 || kind == Kind::codebook2 || kind == Kind::codebook1;
+}
+
+// sparse8: of 16 rows by 32 columns (512 places) half are stored, wherever they are; the others are zeros.
+inline constexpr int64_t kSparseValues = 256;                        // int8 values, in the order of their places
+inline constexpr int64_t kSparseBlock = kSparseValues + 64;          // then a bit for each place
+
+// Bytes of 32 columns of a panel of quantised weights.
+inline constexpr int64_t unit_bytes(Kind kind) {
+  return kind == Kind::sparse8 ? kSparseBlock : kUnit * kPanel / 8 * kind_bits(kind);
+}
 
 // A matrix [rows, columns], rows in panels of 16 (the last one ragged: absent rows are stored as zeros).
 //   f32        codes: float    [panels][columns][16]
 //   f16, bf16  codes: uint16_t [panels][round_up(columns, 2) / 2][16][2]      two neighbouring columns a lane
-//   int8       codes: uint8_t  [panels][padded / 4][16][4], value = (code - 128) * scale, codes 1..255
-//   int4       codes: uint8_t  [panels][padded / 8][16][4]: byte i holds column 8j+i (low) and 8j+4+i (high);
-//              value = (code - 8) * scale
-//   codebook4  as int4, value = (codebook[code] - 64) * scale, entries 0..127
-// where padded = round_up(columns, 32), padding codes are the zero point (codebook4: any code; activations there are 0),
-// scales: f16 [panels][ceil(columns / group)][16], may be negative.
+//   others     codes: uint8_t [panels][padded / 32][64 * bits], 32 columns a block, which has eight lines of places
+//              [16][4]: four columns of each row. A plane of b bits a place has 8 / b of these lines side by side in each
+//              64 bytes: line l is in bytes l * b / 8 * 64 on, from bit l * b % 8 on. Codes of 1, 2, 4 and 8 bits are one
+//              plane, codes of 3 bits a plane of the low two, then one of the high bit.
+//   int8       value = (code - 128) * scale, codes 1..255
+//   int4, int3 value = (code - 8) * scale, (code - 4) * scale
+//   int2, int1 value = (2 * code - 3) * scale, (2 * code - 1) * scale: no zero, but levels on both sides alike
+//   codebook*  value = (codebook[code] - 64) * scale, entries 0..127
+//   sparse8    codes: uint8_t [panels][padded / 32][320]: 256 values, value = int8 * scale, then 512 bits, one for each
+//              place of the block, line after line, set where a value is stored: 256 are
+// where padded = round_up(columns, 32), padding codes are the zero point (any code where there is none; activations there
+// are 0), scales: f16 [panels][ceil(columns / group)][16], may be negative.
 struct Weight {
   Kind kind;
   int64_t rows, columns, group;       // group: 32, 64 or 128; 0 for f32, f16, bf16
   const void* codes;
   const uint16_t* scales;             // null for f32, f16, bf16
-  const uint8_t* codebook;            // [16], codebook4 only
+  const uint8_t* codebook;            // [2 ^ bits], codebook* only
 
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t padded() const { return round_up(columns, kUnit); }
   int64_t groups() const { return group ? (columns + group - 1) / group : 0; }
   bool is_float() const { return kind <= Kind::bf16; }
+  int64_t panel_bytes() const {       // of `codes`
+    if (kind == Kind::f32) return columns * 64;
+    return is_float() ? round_up(columns, 2) * 32 : padded() / kUnit * unit_bytes(kind);
+  }
 };
 
 // Activations in int8 by row and group: x = code * scale, codes -127..127, zero from `columns` to round_up(columns, 64).
@@ -54,17 +85,33 @@ struct Quantised {
 
 enum class NormKind : uint8_t { rms, layer };
 enum class ActivationKind : uint8_t { none, silu, gelu, gelu_tanh, relu, tanh, sigmoid };
-enum class KvKind : uint8_t { f32, bf16 };
+enum class KvKind : uint8_t { f32, bf16, int8 };
 
 // One layer's paged cache. A block holds block_size tokens of every key/value head:
 //   keys   [blocks][kv_heads][head_dim][block_size]      tokens run fastest: a score tile is a broadcast product
 //   values [blocks][kv_heads][block_size][head_dim]
+// int8: value = code * scale, codes -127..127; behind a head's codes of a block stand its scales, bfloat16 [block_size], one
+// for each token's key and one for its value.
 struct KvLayer {
   KvKind kind;
   void* keys;
   void* values;
   int64_t kv_heads, head_dim, block_size;
+
+  int64_t head_bytes() const {        // of one head's keys, or values, in a block
+    const int64_t count = head_dim * block_size;
+    return kind == KvKind::f32 ? 4 * count : kind == KvKind::bf16 ? 2 * count : count + 2 * block_size;
+  }
 };
+
+// Keys that attention folds into one partial result: the unit that threads share where a context is long. Fixed, so that
+// the fold is the same whoever makes the parts.
+inline constexpr int64_t kSpanKeys = 512;
+inline constexpr int64_t span_blocks(int64_t block_size) { return block_size < kSpanKeys ? kSpanKeys / block_size : 1; }
+// Floats of a partial result of so many query rows: maxima, sums (both read sixteen at a time), outputs.
+inline constexpr int64_t partial_floats(int64_t rows, int64_t head_dim) {
+  return round_up(2 * (rows + 16), 16) + rows * round_up(head_dim, 16);
+}
 
 // Attention of a ragged batch over one layer's cache.
 struct AttentionArgs {
@@ -82,11 +129,19 @@ struct AttentionArgs {
   const int32_t* starts;              // [sequences + 1] rows of each sequence
   const int32_t* block_tables;        // [sequences][table_stride]
   int64_t table_stride;
+
+  // The positions begin..end of keys that a row of the batch sees.
+  struct Keys { int64_t begin, end; };
+  Keys seen(int64_t sequence, int64_t token) const {
+    const int64_t position = positions[token];
+    const int64_t end = (causal ? position : positions[starts[sequence + 1] - 1]) + 1;
+    return {window > 0 && position >= window ? position - window + 1 : 0, end};
+  }
 };
 
 // Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
 struct Kernels {
-  const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16"
+  const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
 
   // --- isa/matmul
@@ -116,6 +171,12 @@ struct Kernels {
   // Query rows [token0, token1) of the batch, all of one sequence, one key/value head (all query heads that share it).
   void (*attend)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
                  std::byte* scratch);
+  // The same in two steps: partial_floats() of each span of keys (span i: positions from i * span_blocks * block_size), then
+  // all spans from the first row's first to the last row's last, `stride` floats apart, in order.
+  void (*attend_span)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1, int64_t span,
+                      float* partial, std::byte* scratch);
+  void (*attend_join)(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
+                      const float* partials, int64_t stride, std::byte* scratch);
   int64_t (*attend_scratch)(const AttentionArgs& a, int64_t tokens); // bytes per thread for a query tile of `tokens`
   double (*logsumexp)(const float* logits, int64_t n);
   // KL(p || q) in nats over the whole vocabulary, both given as logits, accumulated in double.
@@ -128,7 +189,12 @@ const Kernels* avx2_kernels();          // null where not compiled in
 const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
+const Kernels* neon_kernels();                   // ARMv8.0
+const Kernels* neon_dotprod_kernels();           // with products of bytes that add up four
+const Kernels* neon_i8mm_kernels();              // with products of matrices of bytes
 const Kernels* avx2_vnni_emulated_kernels();     // for tests where the instruction is missing
 const Kernels* avx512_bf16_emulated_kernels();
+const Kernels* avx512_emulated_kernels();        // every instruction: HASTEN_EMULATE_AVX512
+const Kernels* avx512_bf16_all_emulated_kernels();
 
 }  // namespace hasten

@@ -1,258 +1,106 @@
-// Paged, grouped-query attention over tiles of keys, written once over isa/simd_*.h.
+// Paged, grouped-query attention, written once over isa/simd_*.h.
 //
-// A tile is one block of the cache. Each gives every query row (max, sum, output) computed on their own; the row folds them
-// left to right. A row's tiles, and the order of every addition in them, follow from its position alone, so its bits depend
-// on its own query and the cache: not on the rows computed with it, nor on how the prompt was cut. Slots that a row may not
-// see are masked before they meet arithmetic that could carry them on: they may hold anything.
+// A tile is a fixed run of the cache's blocks, a span a fixed run of tiles, both counted from position 0. A tile gives every
+// query row (max, sum, output) computed on their own; a span folds its tiles, and a row its spans, left to right, each from
+// nothing. So a row's bits do not depend on the rows computed with it, on how the prompt was cut, nor on which thread made
+// which span. What no row sees is skipped: blocks outside a window are not even read.
 #pragma once
-#include <cstring>
-
-#include "core.h"
-#include "isa/simd_math.h"
+#include "isa/attention_tile.h"
 
 namespace hasten {
 namespace {
 namespace attention {
 
-using simd::V;
-inline constexpr int kRows = simd::kTileRows;
-inline constexpr int kColumns = simd::kTileColumns;
+inline int64_t tile_blocks(const KvLayer& kv) { return kv.block_size < kTileKeys ? kTileKeys / kv.block_size : 1; }
 
-// --- out[row][column] = sum over i of weights[row][i] * matrix[i][column], one fused chain per element, i ascending
-
-struct Product {
-  const float* weights;               // [rows][weight_stride]
-  int64_t weight_stride;
-  int64_t begin, end;                 // of i
-  int64_t stride;                     // of the matrix, in elements
-  int64_t width;                      // columns of the matrix; loads past it are masked
-  int64_t ahead;                      // elements from here to the matrix that is wanted next: fetched in passing
-};
-
-// `fold(row, column, value)` takes the results.
-template <int R, int C, class T, class Fold>
-HASTEN_INLINE void product_tile(const Product& p, const T* matrix, int64_t column, bool masked, Fold fold) {
-  V sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) sums[r][c] = simd::zero();
-  const T* line = matrix + p.begin * p.stride + column;
-  const int64_t last = p.width - column - 16 * (C - 1), step = p.weight_stride;
-  // Two pointers and one stride reach eight rows without a register for each.
-  const float *low = p.weights + p.begin, *high = low + 4 * step, *end = p.weights + p.end;
-  for (; low < end; ++low, ++high, line += p.stride) {
-    V values[C];
-    for (int c = 0; c < C - 1; ++c) values[c] = simd::load(line + 16 * c);
-    values[C - 1] = masked ? simd::load(line + 16 * (C - 1), last) : simd::load(line + 16 * (C - 1));
-    __builtin_prefetch(line + p.ahead);
-    for (int r = 0; r < R; ++r) {
-      const V weight = simd::set(r < 4 ? low[r * step] : high[(r - 4) * step]);
-      for (int c = 0; c < C; ++c) sums[r][c] = simd::fma(weight, values[c], sums[r][c]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) fold(r, column + 16 * c, sums[r][c]);
-}
-
-template <int R, class T, class Fold>
-inline void product_rows(const Product& p, const T* matrix, Fold fold) {
-  int64_t column = 0;
-  for (; column + 16 * kColumns <= p.width; column += 16 * kColumns)
-    product_tile<R, kColumns>(p, matrix, column, false, fold);
-  for (; column + 16 <= p.width; column += 16) product_tile<R, 1>(p, matrix, column, false, fold);
-  if (column < p.width) product_tile<R, 1>(p, matrix, column, true, fold);
-}
-
-template <class T, class Fold>
-inline void product(int rows, const Product& p, const T* matrix, Fold fold) {
-  switch (rows) {
-    case 1: return product_rows<1>(p, matrix, fold);
-    case 2: return product_rows<2>(p, matrix, fold);
-#define HASTEN_ROWS(n) \
-    case n: if constexpr (n <= kRows) return product_rows<n>(p, matrix, fold); else return;
-    HASTEN_ROWS(3)
-    HASTEN_ROWS(4)
-    HASTEN_ROWS(5)
-    HASTEN_ROWS(6)
-    HASTEN_ROWS(7)
-    HASTEN_ROWS(8)
-#undef HASTEN_ROWS
-  }
-}
-
-// --- one call's view of the arguments
-
-struct Span { int64_t begin, end; };
-
-// Of the positions a row sees, the slots of a tile; empty where begin >= end.
-HASTEN_INLINE Span slots(Span seen, int64_t tile, int64_t size) {
-  const int64_t begin = seen.begin - tile * size, end = seen.end - tile * size;
-  return {begin < 0 ? 0 : begin, end > size ? size : end};
-}
-
-struct Task {
-  const AttentionArgs& a;
-  int64_t width;                      // head_dim rounded up to 16
-  int64_t row_count;                  // query rows: tokens * query heads that share the key head
-  Span* seen;                         // [rows] positions that each sees
-  float* query;                       // [rows][head_dim], times the scale
-  float* output;                      // [rows][width] accumulated
-  float* most;                        // [rows] running maximum of the scores
-  float* total;                       // [rows] running sum
-  float* scores;                      // [kRows][block_size]
-  float* key_tile;                    // [head_dim][block_size] in float32
-  float* value_tile;                  // [block_size][width]
-};
-
-// Scores of `count` rows in place -> weights e^(score - max); slots not seen become 0. Leaves each row's max and sum in the
-// tile. Stage by stage over the rows, so that the processor overlaps their reductions.
-inline void soften(const AttentionArgs& a, float* scores, const Span* seen, int count, float* most, float* total) {
-  const int64_t size = a.kv.block_size;
-  const V lowest = simd::set(-simd::kInfinity), cap = simd::set(a.softcap);
-  if (a.softcap > 0)
-    for (int64_t j = 0; j < count * size; j += 16)
-      simd::store(scores + j, simd::mul(cap, simd::tanh(simd::div(simd::load(scores + j), cap))));
-  V across[kRows];
-  for (int r = 0; r < count; ++r) {
-    float* row = scores + r * size;
-    if (seen[r].begin > 0 || seen[r].end < size)
-      for (int64_t j = 0; j < size; j += 16)
-        simd::store(row + j, simd::select(simd::lanes(seen[r].begin - j, seen[r].end - j), simd::load(row + j), lowest));
-    across[r] = lowest;
-    for (int64_t j = 0; j < size; j += 16) across[r] = simd::maximum(simd::load(row + j), across[r]);
-  }
-  for (int r = 0; r < count; ++r) most[r] = simd::largest(across[r]);
-  for (int r = 0; r < count; ++r) {
-    float* row = scores + r * size;
-    const V shift = simd::set(most[r]);
-    across[r] = simd::zero();
-    for (int64_t j = 0; j < size; j += 16) {
-      // A slot not seen holds -infinity, so only a row whose every score is -infinity or NaN meets NaN here.
-      const V e = simd::exp(simd::sub(simd::load(row + j), shift));
-      across[r] = simd::add(across[r], e);
-      simd::store(row + j, e);
-    }
-  }
-  for (int r = 0; r < count; ++r) total[r] = simd::sum(across[r]);
-}
-
-// A block of the cache, of the cache's type or already float32.
+// Blocks first..last of a tile.
 template <class T>
-struct Tile {
-  int64_t index;
-  const T *keys, *values;
-  int64_t value_stride;
-  int64_t ahead;                      // elements to the next tile; 0: none
-};
-
-// Rows [row0, row0 + count) against one tile.
-template <class T>
-inline void attend_rows(const Task& task, const Tile<T>& tile, int64_t row0, int count) {
-  const AttentionArgs& a = task.a;
-  const int64_t size = a.kv.block_size, width = task.width;
-  Span seen[kRows];
-  float sees[16];
-  simd::store(sees, simd::zero());
-  int any = 0;
-  for (int r = 0; r < count; ++r) {
-    seen[r] = slots(task.seen[row0 + r], tile.index, size);
-    const bool some = seen[r].begin < seen[r].end;
-    sees[r] = some ? 1.0f : 0.0f;
-    any += some;
-  }
-  if (any == 0) return;
-  float* scores = task.scores;
-  const int64_t head_dim = a.kv.head_dim;
-  product(count, {task.query + row0 * head_dim, head_dim, 0, head_dim, size, size, tile.ahead}, tile.keys,
-          [=](int r, int64_t j, V s) { simd::store(scores + r * size + j, s); });
-
-  // Fold factors: what stood before is multiplied by `keep`, the tile by `take`.
-  float tile_most[16], tile_total[16], keep[16], take[16];
-  simd::store(tile_most, simd::zero());
-  simd::store(tile_total, simd::zero());
-  soften(a, scores, seen, count, tile_most, tile_total);
-  const V before = simd::load(task.most + row0, count), here = simd::load(tile_most);
-  const V old_total = simd::load(task.total + row0, count), here_total = simd::load(tile_total);
-  const V highest = simd::maximum(here, before);
-  const V kept = simd::exp(simd::sub(before, highest)), taken = simd::exp(simd::sub(here, highest));
-  const simd::M unseen = simd::equal(simd::load(sees), simd::zero());
-  simd::store(keep, kept);
-  simd::store(take, taken);
-  simd::store(task.most + row0, simd::select(unseen, before, highest), count);
-  simd::store(task.total + row0,
-              simd::select(unseen, old_total, simd::add(simd::mul(old_total, kept), simd::mul(here_total, taken))), count);
-
-  // Runs of rows that see the same slots: others are never multiplied, not even by zero.
-  for (int first = 0; first < count;) {
-    int next = first + 1;
-    while (next < count && seen[next].begin == seen[first].begin && seen[next].end == seen[first].end) ++next;
-    if (seen[first].begin < seen[first].end) {
-      const Product w{scores + first * size, size, seen[first].begin, seen[first].end,
-                      tile.value_stride, tile.value_stride < width ? head_dim : width, tile.ahead};
-      float* output = task.output + (row0 + first) * width;
-      const float *k = keep + first, *t = take + first;
-      product(next - first, w, tile.values, [=](int r, int64_t d, V o) {
-        float* at = output + r * width + d;
-        simd::store(at, simd::fma(o, simd::set(t[r]), simd::mul(simd::load(at), simd::set(k[r]))));
-      });
-    }
-    first = next;
-  }
-}
-
-template <class T>
-inline void attend_tile(const Task& task, const Tile<T>& tile) {
-  for (int64_t r = 0; r < task.row_count; r += kRows)
-    attend_rows(task, tile, r, static_cast<int>(task.row_count - r < kRows ? task.row_count - r : kRows));
-}
-
-// float32 copy of a bfloat16 tile, for rows enough to read it more than once; the bits are the same either way.
-inline Tile<float> widen(const Task& task, const Tile<uint16_t>& tile) {
-  const int64_t size = task.a.kv.block_size, head_dim = task.a.kv.head_dim;
-  for (int64_t i = 0; i < head_dim * size; i += 16) {
-    __builtin_prefetch(tile.keys + i + tile.ahead);
-    simd::store(task.key_tile + i, simd::load(tile.keys + i));
-  }
-  for (int64_t j = 0; j < size; ++j)
-    for (int64_t d = 0; d < head_dim; d += 16) {
-      const int64_t left = head_dim - d;
-      const uint16_t* from = tile.values + j * head_dim + d;
-      __builtin_prefetch(from + tile.ahead);
-      simd::store(task.value_tile + j * task.width + d, left >= 16 ? simd::load(from) : simd::load(from, left));
-    }
-  return {tile.index, task.key_tile, task.value_tile, task.width, 0};
-}
-
-template <class T>
-inline void attend_as(const Task& task, const int32_t* table, int64_t kv_head) {
-  const KvLayer& kv = task.a.kv;
-  // Positions ascend, so the first row sees furthest back and the last furthest ahead.
-  const int64_t first = task.seen[0].begin / kv.block_size;
-  const int64_t last = (task.seen[task.row_count - 1].end - 1) / kv.block_size;
-  const auto offset = [&](int64_t index) { return (table[index] * kv.kv_heads + kv_head) * kv.head_dim * kv.block_size; };
-  for (int64_t index = first; index <= last; ++index) {
-    const int64_t here = offset(index);
-    const Tile<T> tile{index, static_cast<const T*>(kv.keys) + here, static_cast<const T*>(kv.values) + here, kv.head_dim,
-                       index < last ? offset(index + 1) - here : 0};
-    if constexpr (sizeof(T) < sizeof(float)) {
-      if (task.row_count > kRows) {
-        attend_tile(task, widen(task, tile));
-        continue;
+inline Tile<T> take_tile(const Rows& rows, const int32_t* table, int64_t kv_head, int64_t first, int64_t last, bool more) {
+  const KvLayer& kv = rows.a.kv;
+  const int64_t size = kv.block_size, bytes = kv.head_bytes();
+  Tile<T> tile;
+  tile.position = first * size;
+  tile.blocks = static_cast<int>(last - first + 1);
+  tile.size = tile.key_stride = size;
+  tile.value_stride = kv.head_dim;
+  tile.scaled = sizeof(T) == 1;
+  const auto offset = [=, &kv](int64_t block) { return (table[block] * kv.kv_heads + kv_head) * bytes; };
+  for (int b = 0; b < tile.blocks; ++b) {
+    const int64_t block = first + b, at = offset(block);
+    tile.keys[b] = reinterpret_cast<const T*>(static_cast<const std::byte*>(kv.keys) + at);
+    tile.values[b] = reinterpret_cast<const T*>(static_cast<const std::byte*>(kv.values) + at);
+    tile.ahead[b] = block < last || more ? (offset(block + 1) - at) / static_cast<int64_t>(sizeof(T)) : 0;
+    if constexpr (sizeof(T) == 1) {
+      const auto* key_scales = reinterpret_cast<const uint16_t*>(tile.keys[b] + kv.head_dim * size);
+      const auto* value_scales = reinterpret_cast<const uint16_t*>(tile.values[b] + kv.head_dim * size);
+      for (int64_t j = 0; j < size; j += 16) {
+        simd::store(rows.key_scales + b * size + j, simd::load(key_scales + j));
+        simd::store(rows.value_scales + b * size + j, simd::load(value_scales + j));
       }
     }
-    attend_tile(task, tile);
+  }
+  return tile;
+}
+
+inline void begin(const Partial& p, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) p.most[r] = -simd::kInfinity;
+  memset(p.total, 0, static_cast<size_t>(rows) * sizeof(float));
+  memset(p.output, 0, static_cast<size_t>(rows * width) * sizeof(float));
+}
+
+// All rows over one span, into rows.span.
+template <class T>
+inline void attend_span_as(const Rows& rows, const int32_t* table, int64_t kv_head, int64_t span) {
+  const KvLayer& kv = rows.a.kv;
+  const int64_t in_span = span_blocks(kv.block_size), in_tile = tile_blocks(kv);
+  // Positions ascend, so the first row sees furthest back and the last furthest ahead.
+  int64_t block = rows.seen[0].begin / kv.block_size, last = (rows.seen[rows.count - 1].end - 1) / kv.block_size;
+  if (block < span * in_span) block = span * in_span;
+  if (last >= (span + 1) * in_span) last = (span + 1) * in_span - 1;
+  begin(rows.span, rows.count, rows.width);
+  while (block <= last) {
+    int64_t end = (block / in_tile + 1) * in_tile - 1;
+    if (end > last) end = last;
+    const Tile<T> tile = take_tile<T>(rows, table, kv_head, block, end, end < last);
+    // Few rows read a tile once, or nearly, and need no copy; columns that are not whole registers do.
+    if (rows.count <= kMostRows && kv.head_dim % 16 == 0) attend_tile<true>(rows, tile);
+    else attend_tile<false>(rows, widen(rows, tile));
+    block = end + 1;
   }
 }
 
-// Positions that a row of the batch sees.
-inline Span visible(const AttentionArgs& a, int64_t sequence, int64_t token) {
-  const int64_t position = a.positions[token];
-  const int64_t end = (a.causal ? position : a.positions[a.starts[sequence + 1] - 1]) + 1;
-  const int64_t begin = a.window > 0 && position >= a.window ? position - a.window + 1 : 0;
-  return {begin, end};
+inline void attend_one(const Rows& rows, int64_t sequence, int64_t kv_head, int64_t span) {
+  const int32_t* table = rows.a.block_tables + sequence * rows.a.table_stride;
+  switch (rows.a.kv.kind) {
+    case KvKind::f32: return attend_span_as<float>(rows, table, kv_head, span);
+    case KvKind::bf16: return attend_span_as<uint16_t>(rows, table, kv_head, span);
+    case KvKind::int8: return attend_span_as<int8_t>(rows, table, kv_head, span);
+  }
 }
 
-// Cuts the scratch into a task's arrays; with null scratch only counts. Returns the bytes.
-inline int64_t lay_out(Task& task, std::byte* scratch) {
+// The whole takes in one span.
+inline void join(const Rows& rows, const Partial& span) {
+  for (int64_t row0 = 0; row0 < rows.count; row0 += 16) {
+    const int64_t count = rows.count - row0 < 16 ? rows.count - row0 : 16;
+    const Factors f = merge(rows.whole, row0, count, simd::load(span.most + row0), simd::load(span.total + row0));
+    for (int64_t r = 0; r < count; ++r) {
+      if (span.total[row0 + r] == 0) continue;
+      const V keep = simd::set(f.keep[r]), take = simd::set(f.take[r]);
+      for (int64_t i = (row0 + r) * rows.width; i < (row0 + r + 1) * rows.width; i += 16)
+        simd::store(rows.whole.output + i,
+                    simd::fma(simd::load(span.output + i), take, simd::mul(simd::load(rows.whole.output + i), keep)));
+    }
+  }
+}
+
+// --- one call
+
+inline Partial partial_at(float* at, int64_t rows, int64_t width) {
+  return {at, at + rows + 16, at + partial_floats(rows, width) - rows * width};
+}
+
+// Cuts the scratch into a call's arrays; with null scratch only counts. Returns the bytes.
+inline int64_t lay_out(Rows& rows, std::byte* scratch) {
   int64_t used = 0;
   const auto take = [&](int64_t bytes) {
     std::byte* here = scratch == nullptr ? nullptr : scratch + used;
@@ -262,62 +110,101 @@ inline int64_t lay_out(Task& task, std::byte* scratch) {
   const auto floats = [&](int64_t count) {
     return reinterpret_cast<float*>(take(count * static_cast<int64_t>(sizeof(float))));
   };
-  const KvLayer& kv = task.a.kv;
-  task.seen = reinterpret_cast<Span*>(take(task.row_count * static_cast<int64_t>(sizeof(Span))));
-  task.query = floats(task.row_count * kv.head_dim);
-  task.output = floats(task.row_count * task.width);
-  task.most = floats(task.row_count);
-  task.total = floats(task.row_count);
-  task.scores = floats(kRows * kv.block_size);
-  task.key_tile = floats(kv.head_dim * kv.block_size);
-  task.value_tile = floats(kv.block_size * task.width);
+  const int64_t head_dim = rows.a.kv.head_dim;
+  rows.seen = reinterpret_cast<AttentionArgs::Keys*>(take(rows.count * static_cast<int64_t>(sizeof(AttentionArgs::Keys))));
+  rows.query = floats(rows.count * head_dim);
+  rows.span = partial_at(floats(partial_floats(rows.count, head_dim)), rows.count, rows.width);
+  rows.whole = partial_at(floats(partial_floats(rows.count, head_dim)), rows.count, rows.width);
+  rows.scores = floats(kMostRows * rows.tile_keys);
+  rows.key_tile = floats(head_dim * rows.tile_keys);
+  rows.value_tile = floats(rows.tile_keys * rows.width);
+  rows.key_scales = floats(rows.tile_keys);
+  rows.value_scales = floats(rows.tile_keys);
   return used;
 }
 
-inline Task describe(const AttentionArgs& a, int64_t tokens) {
-  return {a,       round_up(a.kv.head_dim, 16), tokens * (a.heads / a.kv.kv_heads),
-          nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+inline Rows describe(const AttentionArgs& a, int64_t tokens) {
+  const Partial none{nullptr, nullptr, nullptr};
+  return {a,       tokens * (a.heads / a.kv.kv_heads), round_up(a.kv.head_dim, 16), tile_blocks(a.kv) * a.kv.block_size,
+          nullptr, nullptr, none, none, nullptr, nullptr, nullptr, nullptr, nullptr};
+}
+
+// Rows of tokens [token0, token1), their queries scaled.
+inline Rows take_rows(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
+                      std::byte* scratch) {
+  Rows rows = describe(a, token1 - token0);
+  lay_out(rows, scratch);
+  const int64_t head_dim = a.kv.head_dim, group = a.heads / a.kv.kv_heads;
+  const V scale = simd::set(a.softcap > 0 ? a.scale : a.scale * kLog2e);
+  int64_t r = 0;
+  for (int64_t token = token0; token < token1; ++token)
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++r) {
+      rows.seen[r] = a.seen(sequence, token);
+      const float* q = a.q + token * a.q_stride + head * head_dim;
+      for (int64_t d = 0; d < head_dim; d += 16) {
+        const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
+        write(rows.query + r * head_dim + d, simd::mul(read(q + d, lanes), scale), lanes);
+      }
+    }
+  return rows;
+}
+
+inline void finish(const Rows& rows, int64_t kv_head, int64_t token0) {
+  const AttentionArgs& a = rows.a;
+  const int64_t head_dim = a.kv.head_dim, group = a.heads / a.kv.kv_heads;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    float* out = a.out + (token0 + r / group) * a.out_stride + (kv_head * group + r % group) * head_dim;
+    const V total = simd::set(rows.whole.total[r]);
+    for (int64_t d = 0; d < head_dim; d += 16)
+      write(out + d, simd::div(simd::load(rows.whole.output + r * rows.width + d), total), head_dim - d);
+  }
+}
+
+struct Spans { int64_t first, last; };
+inline Spans spans_of(const AttentionArgs& a, int64_t sequence, int64_t token0, int64_t token1) {
+  const int64_t keys = span_blocks(a.kv.block_size) * a.kv.block_size;
+  return {a.seen(sequence, token0).begin / keys, (a.seen(sequence, token1 - 1).end - 1) / keys};
 }
 
 // --- entries of the table
 
 inline int64_t attend_scratch(const AttentionArgs& a, int64_t tokens) {
-  Task task = describe(a, tokens);
-  return lay_out(task, nullptr);
+  Rows rows = describe(a, tokens);
+  return lay_out(rows, nullptr);
 }
 
 inline void attend(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
                    std::byte* scratch) {
   if (token0 >= token1) return;
-  Task task = describe(a, token1 - token0);
-  lay_out(task, scratch);
-  const int64_t head_dim = a.kv.head_dim, group = a.heads / a.kv.kv_heads;
-  int64_t r = 0;
-  for (int64_t token = token0; token < token1; ++token)
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++r) {
-      task.seen[r] = visible(a, sequence, token);
-      const float* q = a.q + token * a.q_stride + head * head_dim;
-      for (int64_t d = 0; d < head_dim; d += 16) {
-        const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
-        simd::store(task.query + r * head_dim + d, simd::mul(simd::load(q + d, lanes), simd::set(a.scale)), lanes);
-      }
-      task.most[r] = -simd::kInfinity;
-      task.total[r] = 0;
-    }
-  memset(task.output, 0, static_cast<size_t>(task.row_count * task.width) * sizeof(float));
-  const int32_t* table = a.block_tables + sequence * a.table_stride;
-  if (a.kv.kind == KvKind::f32) attend_as<float>(task, table, kv_head);
-  else attend_as<uint16_t>(task, table, kv_head);
-  r = 0;
-  for (int64_t token = token0; token < token1; ++token)
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head, ++r) {
-      float* out = a.out + token * a.out_stride + head * head_dim;
-      const V total = simd::set(task.total[r]);
-      for (int64_t d = 0; d < head_dim; d += 16)
-        simd::store(out + d, simd::div(simd::load(task.output + r * task.width + d), total),
-                    head_dim - d < 16 ? head_dim - d : 16);
-    }
+  const Rows rows = take_rows(a, sequence, kv_head, token0, token1, scratch);
+  begin(rows.whole, rows.count, rows.width);
+  const Spans spans = spans_of(a, sequence, token0, token1);
+  for (int64_t span = spans.first; span <= spans.last; ++span) {
+    attend_one(rows, sequence, kv_head, span);
+    join(rows, rows.span);
+  }
+  finish(rows, kv_head, token0);
 }
+
+inline void attend_span(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1, int64_t span,
+                        float* partial, std::byte* scratch) {
+  Rows rows = take_rows(a, sequence, kv_head, token0, token1, scratch);
+  rows.span = partial_at(partial, rows.count, rows.width);
+  attend_one(rows, sequence, kv_head, span);
+}
+
+inline void attend_join(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t token0, int64_t token1,
+                        const float* partials, int64_t stride, std::byte* scratch) {
+  Rows rows = describe(a, token1 - token0);
+  lay_out(rows, scratch);
+  begin(rows.whole, rows.count, rows.width);
+  const Spans spans = spans_of(a, sequence, token0, token1);
+  for (int64_t i = 0; i <= spans.last - spans.first; ++i)
+    join(rows, partial_at(const_cast<float*>(partials) + i * stride, rows.count, rows.width));
+  finish(rows, kv_head, token0);
+}
+
+// --- the cache
 
 template <class T>
 inline void write_token(const AttentionArgs& a, int64_t sequence, int64_t token) {
@@ -331,16 +218,62 @@ inline void write_token(const AttentionArgs& a, int64_t sequence, int64_t token)
     for (int64_t d = 0; d < head_dim; d += 16) {
       const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
       T column[16];
-      simd::store(column, simd::load(k + head * head_dim + d, lanes), 16);
+      simd::store(column, read(k + head * head_dim + d, lanes), 16);
       for (int64_t i = 0; i < lanes; ++i) keys[(d + i) * size] = column[i];
-      simd::store(values + d, simd::load(v + head * head_dim + d, lanes), lanes);
+      simd::store(values + d, read(v + head * head_dim + d, lanes), lanes);
     }
   }
 }
 
+// codes[i * stride] of x [n] and its scale: the largest magnitude / 127, rounded up to bfloat16 so that no code exceeds 127.
+// A number that is not finite makes the scale NaN, and with it all that reads the row.
+inline uint16_t quantise_row(const float* x, int64_t n, int8_t* codes, int64_t stride) {
+  V most = simd::zero(), bad = simd::zero();
+  for (int64_t d = 0; d < n; d += 16) {
+    const V v = read(x + d, n - d);
+    most = simd::maximum(simd::absolute(v), most);
+    bad = simd::fma(v, simd::zero(), bad);
+  }
+  const float exact = simd::largest(most) / 127.0f + simd::sum(bad);
+  uint32_t bits;
+  memcpy(&bits, &exact, sizeof bits);
+  bits = exact == exact ? (bits + 0xffffu) & 0xffff0000u : 0x7fc00000u;
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  const V inverse = simd::set(scale > 0 ? 1.0f / scale : 0.0f), magic = simd::set(12582912.0f);   // rounds, as in simd::exp
+  for (int64_t d = 0; d < n; d += 16) {
+    const int64_t lanes = n - d < 16 ? n - d : 16;
+    float shifted[16];
+    simd::store(shifted, simd::add(simd::mul(read(x + d, lanes), inverse), magic));
+    for (int64_t i = 0; i < lanes; ++i) {
+      uint32_t code;
+      memcpy(&code, shifted + i, sizeof code);
+      codes[(d + i) * stride] = static_cast<int8_t>(static_cast<uint8_t>(code));
+    }
+  }
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+inline void write_token_int8(const AttentionArgs& a, int64_t sequence, int64_t token) {
+  const int64_t size = a.kv.block_size, head_dim = a.kv.head_dim, position = a.positions[token], slot = position % size;
+  const int64_t block = a.block_tables[sequence * a.table_stride + position / size];
+  for (int64_t head = 0; head < a.kv.kv_heads; ++head) {
+    const int64_t offset = (block * a.kv.kv_heads + head) * a.kv.head_bytes();
+    int8_t *keys = static_cast<int8_t*>(a.kv.keys) + offset, *values = static_cast<int8_t*>(a.kv.values) + offset;
+    uint16_t scales[2];
+    scales[0] = quantise_row(a.k + token * a.k_stride + head * head_dim, head_dim, keys + slot, size);
+    scales[1] = quantise_row(a.v + token * a.v_stride + head * head_dim, head_dim, values + slot * head_dim, 1);
+    reinterpret_cast<uint16_t*>(keys + head_dim * size)[slot] = scales[0];
+    reinterpret_cast<uint16_t*>(values + head_dim * size)[slot] = scales[1];
+  }
+}
+
 inline void kv_write(const AttentionArgs& a, int64_t sequence, int64_t token) {
-  if (a.kv.kind == KvKind::f32) write_token<float>(a, sequence, token);
-  else write_token<uint16_t>(a, sequence, token);
+  switch (a.kv.kind) {
+    case KvKind::f32: return write_token<float>(a, sequence, token);
+    case KvKind::bf16: return write_token<uint16_t>(a, sequence, token);
+    case KvKind::int8: return write_token_int8(a, sequence, token);
+  }
 }
 
 }  // namespace attention

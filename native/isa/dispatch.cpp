@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace hasten {
@@ -34,6 +38,28 @@ bool runs(const std::string& name) {
   if (name == "avx512") return avx512;
   return avx512 && __builtin_cpu_supports("avx512bf16");
 }
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool multiplies_bytes() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool multiplies_matrices() { return has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(__linux__)
+// Bits of the kernel's interface (asm/hwcap.h), which old headers lack.
+bool multiplies_bytes() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool multiplies_matrices() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+#else
+bool multiplies_bytes() { return false; }
+bool multiplies_matrices() { return false; }
+#endif
+
+bool runs(const std::string& name) {
+  if (name == "neon") return true;                                   // part of the architecture
+  return multiplies_bytes() && (name == "neon_dotprod" || multiplies_matrices());
+}
 #endif
 
 std::vector<const Kernels*> tables() {
@@ -49,6 +75,15 @@ std::vector<const Kernels*> tables() {
 #endif
 #if defined(HASTEN_HAS_AVX2)
   if (runs("avx2")) found.push_back(avx2_kernels());
+#endif
+#if defined(HASTEN_HAS_NEON_I8MM)
+  if (runs("neon_i8mm")) found.push_back(neon_i8mm_kernels());
+#endif
+#if defined(HASTEN_HAS_NEON_DOTPROD)
+  if (runs("neon_dotprod")) found.push_back(neon_dotprod_kernels());
+#endif
+#if defined(HASTEN_HAS_NEON)
+  if (runs("neon")) found.push_back(neon_kernels());
 #endif
   found.push_back(scalar_kernels());
   return found;
@@ -68,6 +103,10 @@ const Kernels* kernels_for(const std::string& name) {
 #endif
 #if defined(HASTEN_HAS_AVX512_BF16_EMULATED)
   if (name == "avx512_bf16_emulated" && runs("avx512")) return avx512_bf16_emulated_kernels();
+#endif
+#if defined(HASTEN_HAS_AVX512_EMULATED)
+  if (name == "avx512_emulated" && runs("avx2")) return avx512_emulated_kernels();
+  if (name == "avx512_bf16_emulated" && runs("avx2")) return avx512_bf16_all_emulated_kernels();
 #endif
   for (const Kernels* table : tables())
     if (name == table->name) return table;

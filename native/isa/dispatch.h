@@ -1,4 +1,4 @@
-// Chooses the kernel table: by cpuid, or by name where the caller (HASTEN_ISA) asks.
+// Chooses the kernel table: by what the processor says it has (cpuid, auxiliary vector, sysctl), or by name where the caller (HASTEN_ISA) asks.
 #pragma once
 #include <string>
 #include <vector>

@@ -3,49 +3,10 @@
 // A block is 32 columns of a panel. Few tokens read it as it is stored; many unpack a stretch of a panel once, into bytes
 // or 16-bit words in the first-level cache, and reuse it for every tile of tokens.
 #pragma once
-#include "isa/matmul_avx2_tile.h"
+#include "isa/matmul_avx2_sources.h"
 
 namespace hasten {
 namespace {
-
-inline __m256i nibbles(__m256i both, bool high) {
-  return _mm256_and_si256(high ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
-}
-
-// Sources: `load(block, half, lane)` gives columns [4 lane, 4 lane + 4) of rows [8 half, 8 half + 8), lane 0..7 of a block,
-// as the kernel takes them; kBlock is a block's bytes. kAhead: how far ahead of them to fetch.
-// Without AVX-VNNI they say how far their bytes are from overflow; with it all are bytes, and int8 stays unsigned.
-constexpr Dot without_vnni(Dot dot) { return kVnni ? Dot::bytes : dot; }
-
-struct Int8Source {
-  static constexpr Dot kDot = without_vnni(Dot::sign);
-  static constexpr int64_t kBlock = 512, kAhead = 1024;
-  explicit Int8Source(const Weight&) {}
-  HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
-    const __m256i codes = load32(p + lane * 64 + half * 32);
-    return kVnni ? codes : _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x80)));
-  }
-};
-
-struct Int4Source {
-  static constexpr Dot kDot = without_vnni(Dot::four_bits);
-  static constexpr int64_t kBlock = 256, kAhead = 1024;
-  explicit Int4Source(const Weight&) {}
-  HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
-    return nibbles(load32(p + lane / 2 * 64 + half * 32), lane % 2);
-  }
-};
-
-struct CodebookSource {
-  static constexpr Dot kDot = without_vnni(Dot::seven_bits);
-  static constexpr int64_t kBlock = 256, kAhead = 1024;
-  const __m256i table;
-  explicit CodebookSource(const Weight& w)
-      : table(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codebook)))) {}
-  HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
-    return _mm256_shuffle_epi8(table, nibbles(load32(p + lane / 2 * 64 + half * 32), lane % 2));
-  }
-};
 
 // What `unpack` wrote: bytes [columns / 4][16][4], or words [columns / 2][16][2] and then a lane is two columns.
 template <Dot dot>
@@ -148,9 +109,18 @@ inline int64_t int_scratch(const Weight& w, int64_t tokens) {
 void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
                 int64_t out_stride, std::byte* scratch) {
   if (tokens == 0) return;
-  if (w.kind == Kind::int8) return multiply<Int8Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
-  if (w.kind == Kind::int4) return multiply<Int4Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
-  multiply<CodebookSource>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+  switch (w.kind) {
+    case Kind::int8: return multiply<Int8Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int4: return multiply<Int4Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int3: return multiply<Int3Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int2: return multiply<Int2Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::int1: return multiply<Int1Source>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::codebook4: return multiply<CodebookSource<Int4Source>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::codebook3: return multiply<CodebookSource<Int3Source>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::codebook2: return multiply<CodebookSource<PlaneSource<2, 0>>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    case Kind::codebook1: return multiply<CodebookSource<PlaneSource<1, 0>>>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+    default: return multiply<SparseSource>(w, x, tokens, panel0, panel1, out, out_stride, scratch);
+  }
 }
 
 }  // namespace

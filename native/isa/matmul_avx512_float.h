@@ -29,7 +29,13 @@ inline __mmask16 columns_mask(int64_t left) {
 }
 
 // By hand, because GCC 12 reorders the intrinsic until it has to spill accumulators of large tiles.
+#if defined(HASTEN_EMULATE_AVX512)
+inline void multiply_add(__m512& sum, __m512 a, __m512 b) { sum = _mm512_fmadd_ps(a, b, sum); }
+#define HASTEN_USED(vector) asm volatile("" : : "m"(vector))
+#else
 inline void multiply_add(__m512& sum, __m512 a, __m512 b) { asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+#define HASTEN_USED(vector) asm volatile("" : : "v"(vector))
+#endif
 
 // Tokens of a tile: as even as tiles of at most kTile can be.
 inline int64_t tile_tokens(int64_t tokens) {

@@ -1,12 +1,16 @@
 // Integer matmul, AVX-512 VNNI. Integer sums are exact in any order; of floats there is one sequence for every row and
 // token, whatever the form: total = fma(float(sum), weight_scale * activation_scale, total), group after group.
 #pragma once
-#include "isa/matmul_avx512_float.h"
+#include "isa/matmul_avx512_sources.h"
 
 namespace hasten {
 namespace {
 
 // By hand, because GCC 12 copies and spills the accumulators of _mm512_dpbusd_epi32 in rolled loops.
+#if defined(HASTEN_EMULATE_AVX512)
+inline void dot(__m512i& sum, __m512i weights, __m512i x) { sum = _mm512_dpbusd_epi32(sum, weights, x); }
+inline void dot_at(__m512i& sum, __m512i weights, const int8_t* x) { dot(sum, weights, broadcast4(x)); }
+#else
 inline void dot(__m512i& sum, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(x));
 }
@@ -14,40 +18,7 @@ inline void dot(__m512i& sum, __m512i weights, __m512i x) {
 inline void dot_at(__m512i& sum, __m512i weights, const int8_t* x) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
 }
-
-// Sources: eight columns of a panel as two vectors [16 rows][4] of unsigned bytes.
-struct Int8Source {
-  static constexpr int64_t kBytes = 128;
-  explicit Int8Source(const Weight&) {}
-  void load(const uint8_t* p, __m512i& low, __m512i& high) const {
-    low = _mm512_loadu_si512(p);
-    high = _mm512_loadu_si512(p + 64);
-  }
-};
-
-struct Int4Source {
-  static constexpr int64_t kBytes = 64;
-  const __m512i nibble = _mm512_set1_epi8(15);
-  explicit Int4Source(const Weight&) {}
-  void load(const uint8_t* p, __m512i& low, __m512i& high) const {
-    const __m512i both = _mm512_loadu_si512(p);
-    low = _mm512_and_si512(both, nibble);
-    high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-  }
-};
-
-struct CodebookSource {
-  static constexpr int64_t kBytes = 64;
-  const Int4Source codes;
-  const __m512i table;
-  explicit CodebookSource(const Weight& w)
-      : codes(w), table(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.codebook)))) {}
-  void load(const uint8_t* p, __m512i& low, __m512i& high) const {
-    codes.load(p, low, high);
-    low = _mm512_shuffle_epi8(table, low);
-    high = _mm512_shuffle_epi8(table, high);
-  }
-};
+#endif
 
 inline __m512 half_scales(const uint16_t* scales) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales)));
@@ -67,9 +38,7 @@ struct IntMatmul {
         shift(__builtin_ctzll(static_cast<uint64_t>(w_.group / x_.group))) {}
 
   const uint16_t* scales(int64_t panel) const { return w.scales + panel * w.groups() * kPanel; }
-  const uint8_t* codes(int64_t panel, int64_t bytes) const {         // bytes of eight columns of a panel
-    return static_cast<const uint8_t*>(w.codes) + panel * (w.padded() / 8) * bytes;
-  }
+  const uint8_t* codes(int64_t panel) const { return static_cast<const uint8_t*>(w.codes) + panel * w.panel_bytes(); }
   int64_t group_columns(int64_t g) const { return smaller(x.group, w.padded() - g * x.group); }
   int32_t start(int64_t token, int64_t g) const { return -zero * x.sums[token * x.groups + g]; }
 };
@@ -79,7 +48,7 @@ template <class Source, int T>
 void stream_panel(const IntMatmul& m, int64_t panel, int64_t token) {
   constexpr int kChains = T <= 2 ? 4 : T <= 5 ? 2 : 1;               // enough sums under way to hide the product's latency
   const Source source(m.w);
-  const uint8_t* codes = m.codes(panel, Source::kBytes);
+  const uint8_t* codes = m.codes(panel);
   const uint16_t* scales = m.scales(panel);
   const int64_t stride = m.x.stride;
   __m512 total[T];
@@ -93,16 +62,16 @@ void stream_panel(const IntMatmul& m, int64_t panel, int64_t token) {
 #pragma GCC unroll 4
       for (int chain = 1; chain < kChains; ++chain) sum[chain][t] = _mm512_setzero_si512();
     }
-    for (const int8_t* end = x + m.group_columns(g); x < end; x += 16) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half, codes += Source::kBytes) {
-        for (int64_t line = 0; line < Source::kBytes; line += 64) _mm_prefetch(codes + line + 2048, _MM_HINT_T0);
+    for (const int8_t* end = x + m.group_columns(g); x < end; x += 8 * Source::kSteps, codes += Source::kBytes) {
+      for (int64_t line = 0; line < Source::kBytes; line += 64) _mm_prefetch(codes + line + 2048, _MM_HINT_T0);
+#pragma GCC unroll 4
+      for (int step = 0; step < Source::kSteps; ++step) {
         __m512i low, high;
-        source.load(codes, low, high);
+        source.load(codes, step, low, high);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-          dot_at(sum[2 * half % kChains][t], low, x + t * stride + half * 8);
-          dot_at(sum[(2 * half + 1) % kChains][t], high, x + t * stride + half * 8 + 4);
+          dot_at(sum[2 * step % kChains][t], low, x + t * stride + step * 8);
+          dot_at(sum[(2 * step + 1) % kChains][t], high, x + t * stride + step * 8 + 4);
         }
       }
     }
@@ -197,13 +166,15 @@ constexpr int64_t kStreamed = 8;                                     // up to so
 template <class Source>
 void unpack_panel(const IntMatmul& m, int64_t panel, uint8_t* bytes) {
   const Source source(m.w);
-  const uint8_t* codes = m.codes(panel, Source::kBytes);
-  for (int64_t c = 0; c < m.w.padded(); c += 8, codes += Source::kBytes, bytes += 128) {
-    __m512i low, high;
-    source.load(codes, low, high);
-    _mm512_store_si512(bytes, low);
-    _mm512_store_si512(bytes + 64, high);
-  }
+  const uint8_t* codes = m.codes(panel);
+  for (int64_t c = 0; c < m.w.padded(); c += 8 * Source::kSteps, codes += Source::kBytes)
+#pragma GCC unroll 4
+    for (int step = 0; step < Source::kSteps; ++step, bytes += 128) {
+      __m512i low, high;
+      source.load(codes, step, low, high);
+      _mm512_store_si512(bytes, low);
+      _mm512_store_si512(bytes + 64, high);
+    }
 }
 
 // Tokens whose activations stay in the second-level cache beside a pair of panels.
@@ -244,7 +215,7 @@ void multiply(const IntMatmul& m, int64_t tokens, int64_t panel0, int64_t panel1
       for (int64_t p = 0; p < 2; ++p) {
         const int64_t present = smaller(panel + p, panel1 - 1);      // a lone last panel is its own neighbour
         pair.codes[p] = bytes + p * m.w.padded() * kPanel;
-        if constexpr (Source::kBytes == 128) pair.codes[p] = m.codes(present, Source::kBytes);
+        if constexpr (std::is_same_v<Source, Int8Source>) pair.codes[p] = m.codes(present);
         else unpack_panel<Source>(m, present, bytes + p * m.w.padded() * kPanel);
       }
       for (int64_t t = 0; t < count; t += tile) {
@@ -265,9 +236,20 @@ void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t pan
                 int64_t out_stride, std::byte* scratch) {
   if (tokens == 0) return;
   const IntMatmul m(w, x, out, out_stride);
-  if (w.kind == Kind::int8) return multiply<Int8Source>(m, tokens, panel0, panel1, scratch);
-  if (w.kind == Kind::int4) return multiply<Int4Source>(m, tokens, panel0, panel1, scratch);
-  multiply<CodebookSource>(m, tokens, panel0, panel1, scratch);
+  switch (w.kind) {
+    case Kind::int8: return multiply<Int8Source>(m, tokens, panel0, panel1, scratch);
+    case Kind::int4: return multiply<Int4Source>(m, tokens, panel0, panel1, scratch);
+    case Kind::int3: return multiply<Int3Source>(m, tokens, panel0, panel1, scratch);
+    case Kind::int2: return multiply<Int2Source>(m, tokens, panel0, panel1, scratch);
+    case Kind::int1: return multiply<Int1Source>(m, tokens, panel0, panel1, scratch);
+    case Kind::codebook4: return multiply<CodebookSource<Int4Source>>(m, tokens, panel0, panel1, scratch);
+    case Kind::codebook3: return multiply<CodebookSource<Int3Source>>(m, tokens, panel0, panel1, scratch);
+    case Kind::codebook2: return multiply<CodebookSource<PlaneSource<2, 0>>>(m, tokens, panel0, panel1, scratch);
+    case Kind::codebook1: return multiply<CodebookSource<PlaneSource<1, 0>>>(m, tokens, panel0, panel1, scratch);
+    default:
+      if (has_expand()) return multiply<SparseSource<true>>(m, tokens, panel0, panel1, scratch);
+      return multiply<SparseSource<false>>(m, tokens, panel0, panel1, scratch);
+  }
 }
 
 }  // namespace

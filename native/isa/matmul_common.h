@@ -46,16 +46,62 @@ namespace {
   sums[g] = 0;
 }
 
-// The zero point of the codes as the kernels read them: bytes for int8 and int4, looked-up entries for codebook4.
-[[maybe_unused]] inline int32_t zero_point(Kind kind) { return kind == Kind::int8 ? 128 : kind == Kind::int4 ? 8 : 64; }
+// What is subtracted from the bytes that kernels multiply by: codes of int8, int4 and int3, twice the codes of int2 and
+// int1, looked-up entries of codebooks, stored values of sparse8 plus 128.
+[[maybe_unused]] inline int32_t zero_point(Kind kind) {
+  switch (kind) {
+    case Kind::int8:
+    case Kind::sparse8: return 128;
+    case Kind::int4: return 8;
+    case Kind::int3: return 4;
+    case Kind::int2: return 3;
+    case Kind::int1: return 1;
+    default: return 64;
+  }
+}
+
+// The code at `place` (0..511) of 32 columns in a plane of `width` bits.
+template <int width>
+inline int32_t plane_at(const uint8_t* plane, int64_t place) {
+  const int64_t bit = place / 64 * width;
+  return plane[bit / 8 * 64 + place % 64] >> (bit % 8) & ((1 << width) - 1);
+}
+
+// The code at `place` of 32 columns.
+[[maybe_unused]] inline int32_t code_at(const uint8_t* block, int bits, int64_t place) {
+  switch (bits) {
+    case 1: return plane_at<1>(block, place);
+    case 2: return plane_at<2>(block, place);
+    case 3: return plane_at<2>(block, place) | plane_at<1>(block + 128, place) << 2;
+    case 4: return plane_at<4>(block, place);
+    default: return block[place];
+  }
+}
+
+// The value at `place` (0..511) of 32 columns; zero where none is stored.
+[[maybe_unused]] inline int32_t sparse_at(const uint8_t* block, int64_t place) {
+  const uint8_t* mask = block + kSparseValues;
+  if (!(mask[place / 8] >> (place % 8) & 1)) return 0;
+  int64_t before = __builtin_popcount(mask[place / 8] & ((1 << (place % 8)) - 1));
+  for (int64_t i = 0; i < place / 8; ++i) before += __builtin_popcount(mask[i]);
+  return static_cast<int8_t>(block[before]);
+}
 
 // value / scale of one weight; row is within the panel.
 [[maybe_unused]] inline int32_t level(const Weight& w, int64_t panel, int64_t row, int64_t column) {
-  const uint8_t* codes = static_cast<const uint8_t*>(w.codes);
-  if (w.kind == Kind::int8) return codes[(panel * (w.padded() / 4) + column / 4) * 64 + row * 4 + column % 4] - 128;
-  const uint8_t pair = codes[(panel * (w.padded() / 8) + column / 8) * 64 + row * 4 + column % 4];
-  const int32_t code = column % 8 < 4 ? pair & 15 : pair >> 4;
-  return w.kind == Kind::int4 ? code - 8 : w.codebook[code] - 64;
+  const uint8_t* block = static_cast<const uint8_t*>(w.codes) + panel * w.panel_bytes() + column / kUnit * unit_bytes(w.kind);
+  const int64_t place = column % kUnit / 4 * 64 + row * 4 + column % 4;
+  if (w.kind == Kind::sparse8) return sparse_at(block, place);
+  const int32_t code = code_at(block, kind_bits(w.kind), place);
+  const bool doubled = w.kind == Kind::int2 || w.kind == Kind::int1;
+  return (has_codebook(w.kind) ? w.codebook[code] : doubled ? 2 * code : code) - zero_point(w.kind);
+}
+
+// A panel as unsigned bytes, level plus zero point: [padded / 4][16][4]. For every kind, in the plainest way.
+[[maybe_unused]] inline void unpack_panel_plain(const Weight& w, int64_t panel, uint8_t* bytes) {
+  for (int64_t c = 0; c < w.padded(); ++c)
+    for (int64_t r = 0; r < kPanel; ++r)
+      bytes[c / 4 * 64 + r * 4 + c % 4] = static_cast<uint8_t>(level(w, panel, r, c) + zero_point(w.kind));
 }
 
 [[maybe_unused]] inline float dense_value(const Weight& w, int64_t panel, int64_t row, int64_t column) {

@@ -41,10 +41,10 @@ int64_t matmul_scratch(const Weight& w, int64_t) {
 
 void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
                 int64_t out_stride, std::byte* scratch) {
-  int8_t* levels = reinterpret_cast<int8_t*>(scratch);               // [columns][16]
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(scratch);              // [padded / 4][16][4]
+  const int32_t zero = zero_point(w.kind);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    for (int64_t c = 0; c < w.columns; ++c)
-      for (int64_t r = 0; r < kPanel; ++r) levels[c * kPanel + r] = static_cast<int8_t>(level(w, panel, r, c));
+    unpack_panel_plain(w, panel, bytes);
     const int64_t rows = smaller(kPanel, w.rows - panel * kPanel);
     for (int64_t t = 0; t < tokens; ++t) {
       const int8_t* codes = x.codes + t * x.stride;
@@ -52,7 +52,7 @@ void matmul_int(const Weight& w, const Quantised& x, int64_t tokens, int64_t pan
       for (int64_t g = 0; g < x.groups; ++g) {
         int32_t sum[kPanel] = {};
         for (int64_t c = g * x.group; c < smaller((g + 1) * x.group, w.columns); ++c)
-          for (int64_t r = 0; r < kPanel; ++r) sum[r] += levels[c * kPanel + r] * codes[c];
+          for (int64_t r = 0; r < kPanel; ++r) sum[r] += (bytes[c / 4 * 64 + r * 4 + c % 4] - zero) * codes[c];
         const uint16_t* scales = w.scales + (panel * w.groups() + g * x.group / w.group) * kPanel;
         const float x_scale = x.scales[t * x.groups + g];
         for (int64_t r = 0; r < kPanel; ++r)

@@ -204,6 +204,8 @@ void fill_ops(Kernels& k) {
   k.softcap = ops::softcap;
   k.kv_write = attention::kv_write;
   k.attend = attention::attend;
+  k.attend_span = attention::attend_span;
+  k.attend_join = attention::attend_join;
   k.attend_scratch = attention::attend_scratch;
   k.logsumexp = ops::logsumexp;
   k.divergence = ops::divergence;

@@ -13,11 +13,14 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 6, kTileColumns = 1;
+// Sixteen registers hold 6 x 2 sums beside two parts and a broadcast, or 3 x 4 beside three broadcasts and a part.
+inline constexpr int kTileRows = 6, kMostRows = 8, kPart = 8;
+constexpr int tile_parts(int rows) { return rows <= 3 ? 4 : 2; }
 
 struct V { __m256 lo, hi; };
 struct M { __m256 lo, hi; };
 struct D { __m256d part[4]; };
+struct P { __m256 v; };
 
 HASTEN_INLINE V set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 HASTEN_INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -55,6 +58,16 @@ HASTEN_INLINE V load(const uint16_t* p, int64_t n) {
   memcpy(full, p, static_cast<size_t>(n) * sizeof *p);
   return load(full);
 }
+HASTEN_INLINE __m256 widen_bytes(__m128i b) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)); }
+HASTEN_INLINE V load(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {widen_bytes(bytes), widen_bytes(_mm_srli_si128(bytes, 8))};
+}
+HASTEN_INLINE V load(const int8_t* p, int64_t n) {
+  int8_t full[kLanes] = {};
+  memcpy(full, p, static_cast<size_t>(n));
+  return load(full);
+}
 HASTEN_INLINE __m256i rounded_bf16(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -88,6 +101,15 @@ HASTEN_INLINE V copy_sign(V magnitude, V from) {
   return {_mm256_or_ps(_mm256_andnot_ps(sign, magnitude.lo), _mm256_and_ps(sign, from.lo)),
           _mm256_or_ps(_mm256_andnot_ps(sign, magnitude.hi), _mm256_and_ps(sign, from.hi))};
 }
+
+HASTEN_INLINE P part_zero() { return {_mm256_setzero_ps()}; }
+HASTEN_INLINE P part_set(float x) { return {_mm256_set1_ps(x)}; }
+HASTEN_INLINE P part_load(const float* p) { return {_mm256_loadu_ps(p)}; }
+HASTEN_INLINE P part_load(const uint16_t* p) { return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+HASTEN_INLINE P part_load(const int8_t* p) { return {widen_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
+HASTEN_INLINE void store(float* p, P a) { _mm256_storeu_ps(p, a.v); }
+HASTEN_INLINE P mul(P a, P b) { return {_mm256_mul_ps(a.v, b.v)}; }
+HASTEN_INLINE P fma(P a, P b, P c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 
 HASTEN_INLINE M less(V a, V b) { return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)}; }
 HASTEN_INLINE M equal(V a, V b) { return {_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ)}; }

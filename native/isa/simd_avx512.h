@@ -21,12 +21,15 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-// Tile of the small matrix products in attention.h: rows times registers of sixteen columns held in accumulators.
-inline constexpr int kTileRows = 8, kTileColumns = 2;
+// Tile of the small matrix products in attention.h: up to kTileRows rows by tile_parts(rows) parts of kPart columns, as many
+// sums as registers hold; a part is one register. Up to kMostRows (8, or kTileRows) read the cache itself, not a copy.
+inline constexpr int kTileRows = 8, kMostRows = 8, kPart = 16;
+constexpr int tile_parts(int) { return 2; }
 
 struct V { __m512 v; };
 struct M { __mmask16 m; };
 struct D { __m512d lo, hi; };
+using P = V;
 
 HASTEN_INLINE V set(float x) { return {_mm512_set1_ps(x)}; }
 HASTEN_INLINE V zero() { return {_mm512_setzero_ps()}; }
@@ -47,6 +50,12 @@ HASTEN_INLINE void store(float* p, V a, int64_t n) { _mm512_mask_storeu_ps(p, la
 HASTEN_INLINE V widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 HASTEN_INLINE V load(const uint16_t* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 HASTEN_INLINE V load(const uint16_t* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(lanes(0, n).m, p)); }
+HASTEN_INLINE V load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+HASTEN_INLINE V load(const int8_t* p, int64_t n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(0, n).m, p)))};
+}
 // bfloat16, rounded to nearest even; NaN stays NaN.
 HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   const __m512i bits = _mm512_castps_si512(a.v);
@@ -72,6 +81,11 @@ HASTEN_INLINE V copy_sign(V magnitude, V sign) {
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(top, _mm512_castps_si512(sign.v),
                                                         _mm512_castps_si512(magnitude.v), 0xca))};
 }
+
+HASTEN_INLINE P part_zero() { return zero(); }
+HASTEN_INLINE P part_set(float x) { return set(x); }
+template <class T>
+HASTEN_INLINE P part_load(const T* p) { return load(p); }
 
 HASTEN_INLINE M less(V a, V b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 HASTEN_INLINE M equal(V a, V b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }

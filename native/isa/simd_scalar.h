@@ -12,7 +12,8 @@ namespace {
 namespace simd {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kTileRows = 2, kTileColumns = 1;
+inline constexpr int kTileRows = 2, kMostRows = 2, kPart = 16;
+constexpr int tile_parts(int) { return 1; }
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
@@ -21,6 +22,7 @@ typedef double Double2 __attribute__((vector_size(16)));
 struct V { Float4 part[4]; };
 struct M { Int4 part[4]; };
 struct D { Double2 part[8]; };
+using P = V;
 
 template <class F>
 HASTEN_INLINE V each(F f) { return {{f(0), f(1), f(2), f(3)}}; }
@@ -75,6 +77,16 @@ HASTEN_INLINE V load(const uint16_t* p, int64_t n) {
   memcpy(full, p, static_cast<size_t>(n) * sizeof *p);
   return load(full);
 }
+HASTEN_INLINE V load(const int8_t* p) {
+  float wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = p[i];
+  return load(wide);
+}
+HASTEN_INLINE V load(const int8_t* p, int64_t n) {
+  int8_t full[kLanes] = {};
+  memcpy(full, p, static_cast<size_t>(n));
+  return load(full);
+}
 HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   uint32_t wide[kLanes];
   memcpy(wide, &a, sizeof wide);
@@ -103,6 +115,11 @@ HASTEN_INLINE V copy_sign(V magnitude, V from) {
   });
 }
 HASTEN_INLINE V absolute(V a) { return copy_sign(a, zero()); }
+HASTEN_INLINE P part_zero() { return zero(); }
+HASTEN_INLINE P part_set(float x) { return set(x); }
+template <class T>
+HASTEN_INLINE P part_load(const T* p) { return load(p); }
+
 HASTEN_INLINE uint32_t bits(M m) {
   uint32_t found = 0;
   for (int i = 0; i < kLanes; ++i) found |= (m.part[i / 4][i % 4] != 0 ? 1u : 0u) << i;

@@ -75,25 +75,32 @@ void penalise(const SampleRow& row, int64_t n, float* logits, std::vector<int32_
   }
 }
 
-// The best logit + Gumbel noise met so far.
+// Meets tokens with their logits and keeps the best logit + Gumbel noise. The first is the likeliest, which stands where no
+// logit is a number above -infinity.
 struct Draw {
   uint64_t key;
-  int32_t token;                      // stands where no logit is a number above -infinity
-  double best = -std::numeric_limits<double>::infinity();
+  Best best;
 
+  Draw(const SampleRow& row, double top, int64_t likeliest)
+      : key(sample_key(row.seed, row.position)),
+        best{-std::numeric_limits<double>::infinity(), static_cast<int32_t>(likeliest)} {
+    offer(top, likeliest);
+  }
   void offer(double logit, int64_t id) {
     const uint64_t bits = sample_bits(key, id);
     // The noise exceeds d only if 1 - u < e^-d. Knowing log2(1 - u) to its integer part rules nearly every token out
     // without a logarithm; the margin covers rounding.
     const int exponent = static_cast<int>(std::bit_width((uint64_t{1} << 53) - bits)) - 54;
-    if (exponent * kLn2 >= logit - best + 1e-6) return;
-    const double value = logit - std::log(-std::log(static_cast<double>(bits) * 0x1p-53));
-    if (value > best || (value == best && id < token)) {
-      best = value;
-      token = static_cast<int32_t>(id);
-    }
+    if (exponent * kLn2 >= logit - best.value + 1e-6) return;
+    const Best one{logit - std::log(-std::log(static_cast<double>(bits) * 0x1p-53)), static_cast<int32_t>(id)};
+    if (better(one, best)) best = one;
   }
+  static bool better(const Best& a, const Best& b) { return a.value > b.value || (a.value == b.value && a.token < b.token); }
 };
+
+double floor_of(const SampleRow& row, double top) {
+  return row.min_p > 0 ? top + std::log(static_cast<double>(row.min_p)) : -std::numeric_limits<double>::infinity();
+}
 
 double mass(uint64_t candidate, const float* logits, double top) {
   return std::exp(static_cast<double>(logits[token_of(candidate)]) - top);
@@ -144,23 +151,63 @@ void select_kept(const Kernels& kernels, const float* logits, int64_t n, const S
 int32_t draw(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, std::vector<uint64_t>& kept) {
   const int64_t likeliest = kernels.argmax(logits, n);
   const double top = logits[likeliest];
-  const double floor = row.min_p > 0 ? top + std::log(static_cast<double>(row.min_p))
-                                     : -std::numeric_limits<double>::infinity();
-  Draw best{sample_key(row.seed, row.position), static_cast<int32_t>(likeliest)};
-  best.offer(top, likeliest);
+  const double floor = floor_of(row, top);
+  Draw draw(row, top, likeliest);
   const auto offer = [&](int64_t token) {
-    if (logits[token] >= floor && token != likeliest) best.offer(logits[token], token);
+    if (logits[token] >= floor && token != likeliest) draw.offer(logits[token], token);
   };
-  if (row.top_p < 1 || (row.top_k > 0 && row.top_k < n)) {
+  if (row.filtered(n)) {
     select_kept(kernels, logits, n, row, top, kept);
     for (uint64_t candidate : kept) offer(token_of(candidate));
   } else {
     for (int64_t i = 0; i < n; ++i) offer(i);
   }
-  return best.token;
+  return draw.best.token;
 }
 
 }  // namespace
+
+Reduced reduce_piece(const Kernels& kernels, const float* logits, int64_t n, int64_t piece, bool sums) {
+  const int64_t begin = piece * kVocabularyPiece, count = std::min(kVocabularyPiece, n - begin);
+  return {sums ? kernels.logsumexp(logits + begin, count) : 0.0, begin + kernels.argmax(logits + begin, count)};
+}
+
+Reduced reduce_fold(const float* logits, const Reduced* pieces, int64_t count) {
+  Reduced row = pieces[0];
+  double most = pieces[0].logsumexp, total = 0;
+  for (int64_t i = 1; i < count; ++i) {
+    const float best = logits[row.likeliest], next = logits[pieces[i].likeliest];
+    if (next > best || (best != best && next == next)) row.likeliest = pieces[i].likeliest;
+    most = std::max(most, pieces[i].logsumexp);
+  }
+  if (count == 1 || most == -std::numeric_limits<double>::infinity()) return row;
+  for (int64_t i = 0; i < count; ++i) total += std::exp(pieces[i].logsumexp - most);
+  row.logsumexp = most + std::log(total);
+  return row;
+}
+
+Reduced reduce_row(const Kernels& kernels, const float* logits, int64_t n) {
+  std::vector<Reduced> pieces(static_cast<size_t>(vocabulary_pieces(n)));
+  for (size_t i = 0; i < pieces.size(); ++i) pieces[i] = reduce_piece(kernels, logits, n, static_cast<int64_t>(i));
+  return reduce_fold(logits, pieces.data(), static_cast<int64_t>(pieces.size()));
+}
+
+Best draw_piece(const float* logits, int64_t n, const Reduced& known, const SampleRow& row, int64_t piece) {
+  const double top = logits[known.likeliest] / row.temperature, floor = floor_of(row, top);
+  Draw draw(row, top, known.likeliest);
+  for (int64_t i = piece * kVocabularyPiece; i < std::min(n, (piece + 1) * kVocabularyPiece); ++i) {
+    const float logit = logits[i] / row.temperature;
+    if (logit >= floor && i != known.likeliest) draw.offer(logit, i);
+  }
+  return draw.best;
+}
+
+Best draw_fold(const Best* pieces, int64_t count) {
+  Best best = pieces[0];
+  for (int64_t i = 1; i < count; ++i)
+    if (Draw::better(pieces[i], best)) best = pieces[i];
+  return best;
+}
 
 uint64_t sample_key(uint64_t seed, int64_t position) {
   return mix(mix(seed + kGolden) + kGolden * (static_cast<uint64_t>(position) + 1));
@@ -170,8 +217,8 @@ uint64_t sample_bits(uint64_t key, int64_t token) {
   return mix(key + kGolden * (static_cast<uint64_t>(token) + 1)) >> 11 | 1u;
 }
 
-void sample_row(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, SampleResult& result,
-                SampleScratch& scratch) {
+void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Reduced& known, const SampleRow& row,
+                SampleResult& result, SampleScratch& scratch) {
   const float* adjusted = logits;
   const bool greedy = row.temperature == 0;
   if (row.penalised() || (!greedy && row.temperature != 1)) {
@@ -181,19 +228,18 @@ void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Sa
     if (!greedy)
       for (float& logit : scratch.logits) logit /= row.temperature;
   }
-  result.token = static_cast<int32_t>(greedy ? kernels.argmax(adjusted, n)
-                                             : draw(kernels, adjusted, n, row, scratch.candidates));
-  result.logprob = log_probability(logits, kernels.logsumexp(logits, n), result.token);
+  if (!greedy) result.token = draw(kernels, adjusted, n, row, scratch.candidates);
+  else result.token = static_cast<int32_t>(adjusted == logits ? known.likeliest : kernels.argmax(adjusted, n));
+  result.logprob = log_probability(logits, known.logsumexp, result.token);
 }
 
-void top_logprobs(const Kernels& kernels, const float* logits, int64_t n, int64_t count, int32_t* tokens, float* values,
+void top_logprobs(const float* logits, int64_t n, const Reduced& known, int64_t count, int32_t* tokens, float* values,
                   SampleScratch& scratch) {
   select_top(logits, n, std::min(count, n), scratch.candidates);
   sort_descending(scratch.candidates);
-  const double total = kernels.logsumexp(logits, n);
   for (size_t i = 0; i < scratch.candidates.size(); ++i) {
     tokens[i] = token_of(scratch.candidates[i]);
-    values[i] = log_probability(logits, total, tokens[i]);
+    values[i] = log_probability(logits, known.logsumexp, tokens[i]);
   }
 }
 

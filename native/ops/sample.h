@@ -21,6 +21,9 @@ struct SampleRow {
   int64_t history_length = 0, prompt_length = 0;
 
   bool penalised() const { return history_length > 0 && (repetition != 1 || presence != 0 || frequency != 0); }
+  bool filtered(int64_t n) const { return top_p < 1 || (top_k > 0 && top_k < n); }
+  // Every token is drawn for on its own, so that pieces of the vocabulary can be.
+  bool by_pieces(int64_t n) const { return temperature != 0 && !penalised() && !filtered(n); }
 };
 
 struct SampleResult {
@@ -35,16 +38,38 @@ struct SampleScratch {
   std::vector<uint64_t> candidates;
 };
 
+// A vocabulary is reduced in pieces of a fixed size, folded in order, so that threads can share one row's.
+inline constexpr int64_t kVocabularyPiece = 16384;
+inline int64_t vocabulary_pieces(int64_t n) { return (n + kVocabularyPiece - 1) / kVocabularyPiece; }
+
+// Of one piece of a row, and of a row.
+struct Reduced {
+  double logsumexp;
+  int64_t likeliest;                  // lowest index among equals
+};
+Reduced reduce_piece(const Kernels& kernels, const float* logits, int64_t n, int64_t piece, bool sums = true);
+Reduced reduce_fold(const float* logits, const Reduced* pieces, int64_t count);
+Reduced reduce_row(const Kernels& kernels, const float* logits, int64_t n);   // all of it on one thread
+
+// The best logit + noise met so far.
+struct Best {
+  double value;
+  int32_t token;
+};
+// Of a row that is drawn by pieces.
+Best draw_piece(const float* logits, int64_t n, const Reduced& known, const SampleRow& row, int64_t piece);
+Best draw_fold(const Best* pieces, int64_t count);
+
 // The one place where a log-probability is rounded: a token has the same float wherever it is reported.
 inline float log_probability(const float* logits, double logsumexp, int64_t token) {
   return static_cast<float>(static_cast<double>(logits[token]) - logsumexp);
 }
 
-void sample_row(const Kernels& kernels, const float* logits, int64_t n, const SampleRow& row, SampleResult& result,
-                SampleScratch& scratch);
+void sample_row(const Kernels& kernels, const float* logits, int64_t n, const Reduced& known, const SampleRow& row,
+                SampleResult& result, SampleScratch& scratch);
 
 // The `count` (at most n) most likely tokens of the model's own distribution, best first, lower id first among equals.
-void top_logprobs(const Kernels& kernels, const float* logits, int64_t n, int64_t count, int32_t* tokens, float* values,
+void top_logprobs(const float* logits, int64_t n, const Reduced& known, int64_t count, int32_t* tokens, float* values,
                   SampleScratch& scratch);
 
 // Uniform in (0, 1) from seed, position and token: the top 53 bits of a splitmix64 sequence (Steele et al. 2014) whose state

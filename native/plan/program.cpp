@@ -62,10 +62,12 @@ KvLayer Program::kv_layer(int64_t layer, int64_t kv_heads, int64_t head_dim) {
       throw std::invalid_argument("cache layer " + text(layer) + " is used with two shapes");
     return known.view;
   }
-  const int64_t element = sizes_.kv == KvKind::bf16 ? 2 : 4;
-  const int64_t bytes = sizes_.kv_blocks * sizes_.block_size * kv_heads * head_dim * element;
-  Layer made{layer, {}, Arena(bytes), Arena(bytes)};
-  made.view = {sizes_.kv, made.keys.data(), made.values.data(), kv_heads, head_dim, sizes_.block_size};
+  Layer made{layer, {sizes_.kv, nullptr, nullptr, kv_heads, head_dim, sizes_.block_size}, {}, {}};
+  const int64_t bytes = sizes_.kv_blocks * kv_heads * made.view.head_bytes();
+  made.keys = Arena(bytes);
+  made.values = Arena(bytes);
+  made.view.keys = made.keys.data();
+  made.view.values = made.values.data();
   layers_.push_back(std::move(made));
   return layers_.back().view;
 }

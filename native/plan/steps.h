@@ -160,7 +160,7 @@ class AttentionStep : public Step {
                 const Value& out);
   void run(const Worker& worker) const override;
   int64_t scratch_bytes() const override { return scratch_bytes_; }
-  int64_t shared_bytes() const override { return shared_bytes_; }
+  int64_t shared_bytes() const override { return prepared_bytes_ + partial_bytes_; }
 
  private:
   void prepare(const Run& run, int64_t token, const std::optional<NormSpec>& norm, int64_t heads, const Value& in,
@@ -168,9 +168,16 @@ class AttentionStep : public Step {
   AttentionArgs fixed_;  // what does not depend on the batch
   std::optional<NormSpec> q_norm_, k_norm_;
   const RopeTable* rope_;
+  // How tiles of queries are cut over spans of keys: `spans` pieces for each tile and head, 1: none is cut.
+  struct Cut {
+    int64_t spans, partial;  // floats of one partial result
+  };
+  Cut cut(const Run& run, const AttentionArgs& args, int threads) const;
+  void attend_in_spans(const Worker& worker, const AttentionArgs& args, const Cut& cut) const;
+
   Value q_, k_, v_, out_;
   int64_t q_stride_ = 0, k_stride_ = 0;
-  int64_t scratch_bytes_ = 0, shared_bytes_ = 0;
+  int64_t scratch_bytes_ = 0, prepared_bytes_ = 0, partial_bytes_ = 0;
 };
 
 }  // namespace hasten

@@ -213,14 +213,93 @@ def test_the_check_sees_a_sum_that_depends_on_threads(name, format_name, isa, th
 
 
 @every_isa
-def test_bits_are_the_same_with_a_float32_cache(isa):
-    check("all at once", "int4-g64", isa, "f32")
+@pytest.mark.parametrize("kv_format", ["f32", "int8"])
+def test_bits_are_the_same_with_other_caches(isa, kv_format):
+    check("all at once", "int4-g64", isa, kv_format)
 
 
 @every_isa
-def test_the_check_sees_it_with_a_float32_cache(isa, thread_sum):
+@pytest.mark.parametrize("kv_format", ["f32", "int8"])
+def test_the_check_sees_it_with_other_caches(isa, kv_format, thread_sum):
     with pytest.raises(AssertionError):
-        check("all at once", "int4-g64", isa, "f32")
+        check("all at once", "int4-g64", isa, kv_format)
+
+
+# Long enough that threads share out one sequence's keys: spans of 512 tokens, the second layer's window crosses one.
+DEEP, DEEP_NEW = 1150, 3
+
+
+@cache
+def deep():
+    made = replace(graph(), context=DEEP + DEEP_NEW)
+    return replace(
+        made,
+        nodes=tuple(
+            replace(n, op=replace(n.op, window=600)) if isinstance(n.op, Attention) and n.op.window else n
+            for n in made.nodes
+        ),
+    )
+
+
+def decode_deep(kv_format, isa, threads, chunk, company=False):
+    """A long prompt in chunks and some steps of decoding -> (tokens, bytes of each step's logits)."""
+    tokens = np.random.default_rng(3).integers(0, graph().vocabulary, DEEP).tolist()
+    blocks = -(-(DEEP + DEEP_NEW) // BLOCK_SIZE)
+    sizes = limits(
+        context=DEEP + DEEP_NEW, max_tokens=DEEP + 8, max_rows=2, max_sequences=2, kv_blocks=2 * blocks,
+        block_size=BLOCK_SIZE, kv_format=kv_format, threads=threads,
+    )  # fmt: skip
+    program = native.compile(deep(), weights("int8-g32"), sizes, isa=isa)
+    tables = np.arange(2 * blocks, dtype=np.int32).reshape(2, -1)[::-1].copy()
+    spans = [(s, tokens[s : min(s + chunk, DEEP)]) for s in range(0, DEEP, chunk)]
+    seen, beside = [], 0
+    while len(seen) < DEEP_NEW:
+        start, part = spans.pop(0)
+        other = [7, 8, 9] if company else []
+        out = program.step(
+            Batch(
+                np.array([*part, *other], np.int32),
+                np.array([*range(start, start + len(part)), *range(beside, beside + len(other))], np.int32),
+                np.array([0, len(part), len(part) + len(other)][: 2 + company], np.int32),
+                tables[: 1 + company],
+                np.array([len(part) - 1], np.int32),
+            )
+        )
+        beside += len(other)
+        if not spans:
+            seen.append(out.logits().tobytes())
+            spans.append((start + len(part), [int(out.argmax()[0])]))
+    return seen
+
+
+DEEP_RUNS = [(1, 400, False), (2, DEEP, False), (3, 1024, True), (4, 399, True)]
+
+
+def check_deep(kv_format, isa):
+    expected = decode_deep(kv_format, isa, 1, DEEP)
+    for run in DEEP_RUNS:
+        assert decode_deep(kv_format, isa, *run) == expected
+
+
+@every_isa
+@pytest.mark.parametrize("kv_format", ["f32", "bf16", "int8"])
+def test_long_contexts_are_the_same_on_any_number_of_threads(isa, kv_format):
+    check_deep(kv_format, isa)
+
+
+@every_isa
+def test_the_check_sees_it_in_long_contexts(isa, thread_sum):
+    with pytest.raises(AssertionError):
+        check_deep("bf16", isa)
+
+
+def test_only_threads_keep_partial_results():
+    def buffers(threads, context):
+        sizes = limits(context=context, kv_blocks=80, threads=threads, max_tokens=8, max_rows=8)
+        return native.compile(replace(graph(), context=context), weights("f32"), sizes).memory()["buffers"]
+
+    per_thread = buffers(2, 512) - buffers(1, 512)  # 512 tokens are one span
+    assert buffers(2, 1024) - buffers(1, 1024) > per_thread
 
 
 def test_an_unknown_fault_is_refused():

@@ -160,11 +160,13 @@ def test_odd_ops(isa):
         np.testing.assert_allclose(out.value(name), expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_a_bfloat16_cache_is_near():
+@pytest.mark.parametrize("kv_format", ["bf16", "int8"])
+def test_a_rounded_cache_is_near(kv_format):
     graph = tiny_graph()
     weights = pack(graph, random_arrays(graph))
     exact, near = (
-        native.compile(graph, weights, limits(kv_format=kv)).step(batch(TOKENS_OF)).logits() for kv in ("f32", "bf16")
+        native.compile(graph, weights, limits(kv_format=kv)).step(batch(TOKENS_OF)).logits()
+        for kv in ("f32", kv_format)
     )
     assert 0 < np.abs(exact - near).max() < 0.05 * np.abs(exact).max()
 

@@ -12,7 +12,7 @@ import pytest
 from programs import TOKENS_OF, batch, limits, pack, sampling
 from support import random_arrays, tiny_graph
 
-from hasten import formats
+from hasten import _native, formats
 from hasten.backends import native
 from hasten.errors import BackendError
 from hasten.graph.graph import TOKENS, GraphBuilder
@@ -199,3 +199,28 @@ def test_memory_adds_up(small):
     assert found["weights"] == packed
     assert found["kv_cache"] == 2 * 2 * 6 * 16 * 2 * 8 * 2  # layers, k and v, blocks, tokens, heads, features, bytes
     assert 48 * 24 * 4 < found["buffers"] < 4 << 20
+
+
+def test_one_row_of_a_large_vocabulary_has_the_same_bits_on_any_number_of_threads():
+    graph = tiny_graph(vocabulary=40000)
+    weights = pack(graph, random_arrays(graph))
+    found = []
+    for threads in (1, 2, 5):
+        out = native.compile(graph, weights, limits(threads=threads)).step(batch(TOKENS_OF, rows=[39]))
+        greedy, drawn = (out.sample(sampling(1, temperature=t, seed=3, logprobs=3)) for t in (0, 1))
+        found.append((out.argmax(), out.score(greedy.tokens), greedy.logprobs, drawn.tokens, drawn.logprobs))
+        # The sampler alone draws on one thread, not by pieces.
+        for seed, temperature in ((0, 1.0), (1, 0.7), (2, 3.0)):
+            one = out.sample(sampling(1, temperature=temperature, seed=seed, min_p=0.01 * seed))
+            how = {"temperature": temperature, "seed": seed, "min_p": 0.01 * seed}
+            alone = _native.ops_sample("scalar", out.logits()[0], **how, history=np.zeros(0, np.int32))
+            assert one.tokens[0] == alone[0]
+    for other in found:
+        assert [x.tobytes() for x in other] == [x.tobytes() for x in found[0]]
+    likeliest, score, logprob, *_ = found[0]
+    logits = out.logits()[0].astype(np.float64)
+    assert likeliest[0] == logits.argmax()
+    assert score[0] == logprob[0]
+    assert score[0] == pytest.approx(
+        logits.max() - np.log(np.exp(logits - logits.max()).sum()) - logits.max(), abs=2e-6
+    )

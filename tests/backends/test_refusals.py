@@ -145,7 +145,7 @@ def test_divergence_needs_the_same_shape(small):
     [
         ({"context": 65}, ContextError, "context of 65 tokens asked for; the model's is 64"),
         ({"block_size": 24}, BackendError, "block_size is 24, must be a multiple of 16"),
-        ({"kv_format": "int8"}, BackendError, "kv_format is 'int8'"),
+        ({"kv_format": "int3"}, BackendError, "kv_format is 'int3', must be"),
         ({"max_tokens": 0}, BackendError, "max_tokens is 0"),
         ({"kv_blocks": -1}, BackendError, "kv_blocks is -1"),
         ({"threads": -1}, BackendError, "threads is -1"),

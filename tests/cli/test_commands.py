@@ -145,6 +145,12 @@ def test_eval_with_a_reference(model: str, text: Path, tmp_path: Path, capsys: C
     assert "top-1 agreement 100.00%" in shown
 
 
+def test_eval_measures_what_an_int8_cache_costs(model: str, text: Path, capsys: Captured) -> None:
+    arguments = ["eval", model, "--data", str(text), "--reference", model, "--json"]
+    assert main([*arguments, "--kv-format", "int8"]) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["kl_divergence"] < 0.01  # the reference keeps what it is served with
+
+
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
@@ -212,6 +218,14 @@ def test_inspect_json_adds_up(model: str, capsys: Captured) -> None:
     assert memory["total"] == memory["weights"] + memory["kv_cache"] + memory["buffers"]
     assert "FusedLinear" in found["graph"]["after"]
     assert "FusedLinear" not in found["graph"]["before"]
+
+
+def test_inspect_predicts_an_int8_cache(model: str, capsys: Captured) -> None:
+    assert main(["inspect", model, "--json", "--context", "100", "--kv-format", "int8"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["kv_format"] == "int8"
+    assert memory["kv_cache"] == 128 * 2 * 2 * 2 * (16 + 2)  # tokens, layers, k and v, heads, codes and a scale
+    assert "invalid choice: 'int3'" in fails(["inspect", model, "--kv-format", "int3"], capsys)
 
 
 def test_inspect_for_people(model: str, capsys: Captured) -> None:

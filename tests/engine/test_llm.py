@@ -240,7 +240,7 @@ def test_chat_without_a_template(tmp_path: Path) -> None:
         ({"context": 1}, InputError, "context is 1"),
         ({"max_batch": 0}, InputError, "max_batch is 0"),
         ({"threads": -1}, InputError, "threads is -1"),
-        ({"kv_format": "int3"}, InputError, "kv_format is 'int3', must be auto, bf16 or f32"),
+        ({"kv_format": "int3"}, InputError, "kv_format is 'int3', must be auto, bf16, int8 or f32"),
         ({"memory": 100_000}, MemoryLimitError, "97.7 KiB are available"),
         ({"contxt": 5}, TypeError, "contxt"),
     ],

@@ -24,10 +24,12 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("name", ["int4-g64", "int8-g32", "bf16", "f32"])
-@pytest.mark.parametrize(("context", "threads"), [(32768, 1), (512, 2)])
-def test_buffers_are_what_was_predicted(name: str, context: int, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("context", "threads", "kv_format"), [(32768, 1, "bf16"), (512, 2, "int8"), (32768, 2, "int8"), (16384, 4, "f32")]
+)
+def test_buffers_are_what_was_predicted(name: str, context: int, threads: int, kv_format: str) -> None:
     graph = models.build(CONFIG)
-    limits = Limits(context=context, threads=threads, kv_blocks=context // 32)
+    limits = Limits(context=context, threads=threads, kv_blocks=context // 32, kv_format=kv_format)
     taken = native.compile(graph, checkpoint.random_weights(graph, name), limits).memory()
     stored = {spec.name: name for spec in graph.matrices()}
     predicted = memory.predict(graph, memory.weight_bytes(graph, stored), limits, stored)

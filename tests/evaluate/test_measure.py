@@ -45,6 +45,18 @@ def test_equals_the_formulas_in_float64(format: str) -> None:
     assert found.tokens == 39 + 39 + 12
 
 
+def test_an_int8_cache_costs_little_on_the_demo() -> None:
+    model = checkpoint.open("demo").at_context(256)
+    written = (Path(checkpoint.__file__).parents[1] / "demo" / "fallback.txt").read_text()
+    cut = text.windows(model.tokenizer, written, 256)[:4]
+    weights = model.weights()
+    near = measure(model.graph, weights, cut, reference=(model.graph, weights), kv_format="int8")
+    assert near.kl_divergence is not None
+    assert 0 < near.kl_divergence < 2e-3
+    assert near.top1_agreement is not None
+    assert near.top1_agreement > 0.97
+
+
 def test_vocabularies_must_agree() -> None:
     other = tiny_graph(vocabulary=60)
     weights, others = (checkpoint.random_weights(g, "f32") for g in (GRAPH, other))

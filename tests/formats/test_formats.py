@@ -9,9 +9,25 @@ from hasten import formats
 from hasten.errors import FormatError
 
 SHAPES = [(1, 1), (3, 172), (16, 32), (17, 33), (50, 300), (31, 7), (33, 128)]
-# Of a group's extreme: half the widest step (NF4's is 19 of 63); int4's far side stops one whole step short.
-TOLERANCE = {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "int8": 0.505 / 127, "int4": 1.01 / 8, "codebook4": 9.6 / 63}
-BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "codebook4": 4.0}
+# Of a group's extreme: half the widest step (NF4's is 19 of 63); the far side of int4 and int3 stops a step short.
+# One bit has nothing near zero, and what sparse8 drops may be all that a group has.
+TOLERANCE = {
+    **{
+        "f32": 0,
+        "f16": 2**-11,
+        "bf16": 2**-8,
+        "int8": 0.505 / 127,
+        "int4": 1.01 / 8,
+        "int3": 1.01 / 4,
+        "int2": 1.01 / 3,
+    },
+    **{"int1": 1.001, "codebook4": 9.6 / 63, "codebook3": 16.7 / 63, "codebook2": 21.2 / 63, "codebook1": 1.001},
+    "sparse8": 1.0,
+}
+BITS = {
+    **{"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2, "int1": 1},
+    **{"codebook4": 4, "codebook3": 3, "codebook2": 2, "codebook1": 1, "sparse8": 5},  # half of 8, and a bit for each
+}
 
 
 @pytest.fixture(params=formats.names())
@@ -62,7 +78,7 @@ def test_arrays_are_as_specified_and_load_without_copying(fmt, rows, columns):
 
 def test_bits_per_weight_are_as_named(fmt):
     overhead = 16 / fmt.group if fmt.group else 0.0
-    book = 16 * 8 / (512 * 1024) if fmt.kind == "codebook4" else 0.0
+    book = 2 ** int(fmt.kind[-1]) * 8 / (512 * 1024) if "codebook" in fmt.kind else 0.0
     assert fmt.bits_per_weight(512, 1024) == pytest.approx(BITS[fmt.kind] + overhead + book, rel=1e-12)
 
 

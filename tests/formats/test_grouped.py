@@ -12,12 +12,27 @@ GROUPED = [name for name in formats.names() if formats.get(name).group]
 LEARNED = np.array([63, -64, -40, -9, -8, -3, -1, 0, 1, 2, 7, 20, 33, 34, 50, -20])
 
 
+def book_of(fmt) -> np.ndarray:
+    """As many of LEARNED as the format has entries, the extremes of both signs among them."""
+    return LEARNED[: fmt.entries]
+
+
 def levels_of(fmt, parameters) -> np.ndarray:
-    if fmt.kind == "int8":
-        return np.arange(-127, 128)
-    if fmt.kind == "int4":
-        return np.arange(-8, 8)
-    return np.asarray(parameters.get("codebook", fmt.pack(np.ones((1, 1), np.float32)).arrays["codebook"] - 64.0))
+    if "codebook" in fmt.kind:
+        return np.asarray(parameters.get("codebook", fmt.pack(np.ones((1, 1), np.float32)).arrays["codebook"] - 64.0))
+    levels = {"int4": (-8, 8, 1), "int3": (-4, 4, 1), "int2": (-3, 4, 2), "int1": (-1, 2, 2)}
+    return np.arange(*levels.get(fmt.kind, (-127, 128, 1)))
+
+
+def larger_half(values: np.ndarray) -> np.ndarray:
+    """Zeros where a block of 16 rows by 32 columns has 256 larger values: block by block, value by value."""
+    padded = np.zeros((-(-values.shape[0] // 16) * 16, -(-values.shape[1] // 32) * 32), values.dtype)
+    padded[: values.shape[0], : values.shape[1]] = values
+    for row in range(0, len(padded), 16):
+        for column in range(0, padded.shape[1], 32):
+            block = padded[row : row + 16, column : column + 32]
+            block[np.abs(block) < np.sort(np.abs(block), axis=None)[-256]] = 0
+    return padded[: values.shape[0], : values.shape[1]]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +43,7 @@ def test_every_code_is_the_nearest(name, learned, given):
     fmt = formats.get(name)
     rng = np.random.default_rng(1)
     values = rng.standard_normal((19, 172)).astype(np.float32)
-    parameters = {"codebook": LEARNED} if learned else {}
+    parameters = {"codebook": book_of(fmt)} if learned else {}
     groups = -(-172 // fmt.group)
     if given:
         parameters["scales"] = (
@@ -38,6 +53,11 @@ def test_every_code_is_the_nearest(name, learned, given):
     scales = np.repeat(fmt.scales(weight), fmt.group, axis=1)[:, :172].astype(np.float64)
     if given:
         assert np.array_equal(fmt.scales(weight), parameters["scales"].astype(np.float16).astype(np.float32))
+    if fmt.kind == "sparse8":
+        kept = larger_half(values)
+        assert 0.4 < (kept != 0).mean() < 0.8
+        assert not weight.dense()[kept == 0].any()
+        values = kept
     distance = np.abs(values[..., None] - scales[..., None] * levels_of(fmt, parameters)).min(axis=-1)
     assert np.abs(values - weight.dense().astype(np.float64)) == pytest.approx(distance, abs=1e-6)
 
@@ -82,13 +102,71 @@ def test_zero_and_tiny_groups_are_zeros(name):
 def test_impossible_codebooks_are_refused(book):
     with pytest.raises(FormatError, match="codebook"):
         formats.get("codebook4-g64").pack(np.ones((1, 32), np.float32), codebook=book)
+    for bits in (3, 2, 1):
+        with pytest.raises(FormatError, match=f"must be {2**bits} integers"):
+            formats.get(f"codebook{bits}-g64").pack(np.ones((1, 32), np.float32), codebook=book)
 
 
-def test_loading_a_codebook_beyond_seven_bits_is_refused():
-    fmt = formats.get("codebook4-g32")
+@pytest.mark.parametrize("name", [n for n in GROUPED if "codebook" in n])
+def test_loading_a_codebook_beyond_seven_bits_is_refused(name):
+    fmt = formats.get(name)
     weight = fmt.pack(np.ones((1, 32), np.float32))
+    book = weight.arrays["codebook"].copy()
+    book[-1] = 128
     with pytest.raises(FormatError, match="at most 127"):
-        fmt.load({**weight.arrays, "codebook": np.full(16, 128, np.uint8)}, weight.shape)
+        fmt.load({**weight.arrays, "codebook": book}, weight.shape)
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_loading_a_mask_of_another_count_is_refused(change):
+    fmt = formats.get("sparse8-g64")
+    weight = fmt.random(40, 100, seed=0)
+    codes = weight.arrays["codes"].copy()
+    mask = codes[2, 3, 256:]
+    place = next(i for i in range(512) if (mask[i // 8] >> (i % 8) & 1) == (change < 0))
+    mask[place // 8] ^= 1 << (place % 8)
+    with pytest.raises(FormatError, match=f"a mask of {256 + change} places, must be 256 of 512"):
+        fmt.load({**weight.arrays, "codes": codes}, weight.shape)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_what_is_half_zeros_is_kept_whole(rows):
+    """At most half of every block: nothing is lost but what int8 loses."""
+    values = larger_half(np.random.default_rng(2).standard_normal((rows, 100)).astype(np.float32))
+    values[:, 33:64:2] = 0  # blocks with less than half
+    fmt = formats.get("sparse8-g32")
+    dense = fmt.pack(values).dense()
+    assert np.array_equal(dense, formats.get("int8-g32").pack(values).dense())
+
+
+@pytest.mark.parametrize(("name", "planes"), [("int3", (2, 1)), ("int2", (2,)), ("int1", (1,)), ("int4", (4,))])
+def test_planes_are_as_stated(name, planes):
+    """native/core.h, read place by place."""
+    bits = sum(planes)
+    rng = np.random.default_rng(4)
+    codes = rng.integers(0, 1 << bits, (18, 64))
+    levels = codes - (1 << (bits - 1)) if bits > 2 else 2 * codes - ((1 << bits) - 1)
+    packed = formats.get(f"{name}-g64").pack(levels.astype(np.float32), scales=np.ones((18, 1), np.float32))
+    stored = packed.arrays["codes"].reshape(2, 2, 64 * bits)
+    for row in range(18):
+        for column in range(64):
+            block, line, byte = stored[row // 16, column // 32], column % 32 // 4, row % 16 * 4 + column % 4
+            found, low = 0, 0
+            for b in planes:
+                shift, at = line * b % 8, 64 * low + line * b // 8 * 64 + byte
+                found |= (int(block[at]) >> shift & ((1 << b) - 1)) << low
+                low += b
+            assert found == codes[row, column], (row, column)
+
+
+def test_sparse_layout():
+    values = np.zeros((16, 64), np.float32)
+    values[3, 37], values[0, 38], values[15, 63], values[2, 40] = 5, -7, 1, 127
+    block = formats.get("sparse8-g64").pack(values, scales=np.ones((16, 1), np.float32)).arrays["codes"][0, 1]
+    mask = np.unpackbits(block[256:], bitorder="little")
+    stored = {int(p): int(v) for p, v in zip(np.flatnonzero(mask), block[:256].view(np.int8), strict=True) if v}
+    assert stored == {64 + 3 * 4 + 1: 5, 64 + 0 * 4 + 2: -7, 7 * 64 + 15 * 4 + 3: 1, 2 * 64 + 2 * 4: 127}
+    assert mask.sum() == 256
 
 
 def test_byte_layouts():

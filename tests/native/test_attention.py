@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +27,13 @@ class Case:
     causal: bool = True
     kv: str = "f32"
     query_tile: int = 16
+    in_spans: bool = False
+
+    @property
+    def head_bytes(self) -> int:
+        """Of one head's keys, or values, in a block: codes, then a bfloat16 scale a token where they are int8."""
+        numbers = self.head_dim * self.block_size
+        return {"f32": 4 * numbers, "bf16": 2 * numbers, "int8": numbers + 2 * self.block_size}[self.kv]
 
     @property
     def scale(self) -> float:
@@ -48,10 +58,29 @@ class Cache:
         blocks = sequences * per_sequence + 3
         order = np.random.default_rng(seed).permutation(blocks)[: sequences * per_sequence]
         self.tables = order.reshape(sequences, per_sequence).astype(np.int32)
-        shape = (blocks, case.kv_heads, case.head_dim, case.block_size)
-        nan = np.float32(np.nan) if case.kv == "f32" else np.uint16(0x7FFF)
-        self.keys = np.full(shape, nan)
-        self.values = np.full((*shape[:2], shape[3], shape[2]), nan)
+        self.keys = np.full((blocks, case.kv_heads, case.head_bytes), 0xFF, np.uint8)  # NaN in f32, bf16, int8's scales
+        self.values = self.keys.copy()
+
+
+def decoded(case: Case, head: np.ndarray, shape: tuple[int, int], scale_axis: int):
+    """The numbers of one head in a block, [shape], in float64; `scale_axis` is that of the tokens."""
+    if case.kv == "f32":
+        return head.view(np.float32).reshape(shape).astype(np.float64)
+    if case.kv == "bf16":
+        return from_bf16(head.view(np.uint16)).reshape(shape).astype(np.float64)
+    codes = head[: shape[0] * shape[1]].view(np.int8).reshape(shape).astype(np.float64)
+    scales = from_bf16(head[shape[0] * shape[1] :].view(np.uint16)).astype(np.float64)
+    return codes * np.expand_dims(scales, 1 - scale_axis)
+
+
+def held(case: Case, cache: Cache, length: int, sequence: int = 0):
+    """(keys, values) [length, kv_heads, head_dim] of a sequence, in float64, as the cache holds them."""
+    size, found = case.block_size, ([], [])
+    for block in cache.tables[sequence, : -(-length // size)]:
+        heads = range(case.kv_heads)
+        found[0].append([decoded(case, cache.keys[block, h], (case.head_dim, size), 1).T for h in heads])
+        found[1].append([decoded(case, cache.values[block, h], (size, case.head_dim), 0) for h in heads])
+    return tuple(np.concatenate(np.array(x).transpose(0, 2, 1, 3))[:length] for x in found)
 
 
 def step(isa, case: Case, cache: Cache, parts):
@@ -60,10 +89,9 @@ def step(isa, case: Case, cache: Cache, parts):
     positions = np.concatenate([np.arange(p[1], p[1] + len(p[2])) for p in parts]).astype(np.int32)
     starts = np.cumsum([0, *(len(p[2]) for p in parts)]).astype(np.int32)
     tables = np.ascontiguousarray(cache.tables[[p[0] for p in parts]])
-    run = _native.ops_attention if case.kv == "f32" else _native.ops_attention_bf16
-    out = run(
-        isa, q, k, v, cache.keys, cache.values, positions, starts, tables,
-        case.scale, case.softcap, case.window, case.causal, case.query_tile,
+    out = _native.ops_attention(
+        isa, case.kv, case.block_size, q, k, v, cache.keys, cache.values, positions, starts, tables,
+        case.scale, case.softcap, case.window, case.causal, case.query_tile, case.in_spans,
     )  # fmt: skip
     return np.split(np.asarray(out), starts[1:-1])
 
@@ -75,9 +103,7 @@ def sequence(case: Case, length: int, seed: int = 1):
 
 
 def plain(case: Case, q, k, v):
-    """softmax(mask(cap(scale q k^T))) v in float64, keys and values as the cache holds them."""
-    if case.kv == "bf16":
-        k, v = from_bf16(to_bf16(k)), from_bf16(to_bf16(v))
+    """softmax(mask(cap(scale q k^T))) v in float64."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, case.heads // case.kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("ihd,jhd->hij", q, k) * case.scale
@@ -92,9 +118,9 @@ def plain(case: Case, q, k, v):
     return np.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdims=True), v)
 
 
-def run_chunks(isa, case: Case, data, chunks):
+def run_chunks(isa, case: Case, data, chunks, cache=None):
     """The sequence fed in chunks of these lengths into an empty cache -> its output."""
-    cache = Cache(case, 1, sum(chunks))
+    cache = cache or Cache(case, 1, sum(chunks))
     out, begin = [], 0
     for size in chunks:
         part = tuple(x[begin : begin + size] for x in data)
@@ -119,16 +145,98 @@ CASES = [
     Case(softcap=5.0, window=20, heads=8, kv_heads=2, head_dim=36),
     Case(causal=False),
     Case(causal=False, query_tile=7, heads=5, kv_heads=5),
+    Case(block_size=128, heads=14, kv_heads=2),
 ]
-STORED = [replace(c, kv=kv) for c in CASES for kv in ("f32", "bf16")]
+KINDS = ("f32", "bf16", "int8")
+kinds = pytest.mark.parametrize("kv", KINDS)
+STORED = [replace(c, kv=kv) for c in CASES for kv in KINDS]
 
 
 @isas
 @pytest.mark.parametrize("case", STORED, ids=repr)
 def test_equals_plain_attention(isa, case):
     data = sequence(case, 83)
-    found = run_chunks(isa, case, data, [83])
-    np.testing.assert_allclose(found, plain(case, *data), rtol=2e-5, atol=4e-6)
+    cache = Cache(case, 1, 83)
+    found = run_chunks(isa, case, data, [83], cache)
+    keys, values = held(case, cache, 83)
+    np.testing.assert_allclose(found, plain(case, data[0], keys, values), rtol=2e-5, atol=4e-6)
+    if case.kv == "bf16":
+        np.testing.assert_array_equal(keys, from_bf16(to_bf16(data[1])))
+        np.testing.assert_array_equal(values, from_bf16(to_bf16(data[2])))
+
+
+@isas
+@pytest.mark.parametrize("case", [c for c in STORED if c.kv == "int8"], ids=repr)
+def test_int8_is_the_nearest_code_of_a_scale_that_just_reaches(isa, case):
+    data = sequence(case, 83)
+    cache = Cache(case, 1, 83)
+    run_chunks(isa, case, data, [83], cache)
+    for given, found in zip(data[1:], held(case, cache, 83), strict=True):
+        most = np.abs(given).max(-1, keepdims=True).astype(np.float64)
+        assert (np.abs(found - given) <= most / 127 * (1 + 2**-7) * 0.5 * (1 + 1e-5)).all()
+    # Nothing but the tokens' own codes and scales was written: all the rest is as it was made.
+    fresh, written = Cache(case, 1, 83), 83 * case.kv_heads * (case.head_dim + 2)
+    for before, after in ((fresh.keys, cache.keys), (fresh.values, cache.values)):
+        assert (before != after).sum() <= written
+        unused = [b for b in range(len(before)) if b not in cache.tables]
+        np.testing.assert_array_equal(after[unused], before[unused])
+
+
+# Spans of keys are 512 tokens or a block, 480 where blocks have 48; tiles 64.
+LONG = [
+    Case(heads=7, kv_heads=1, block_size=32, query_tile=32),
+    Case(heads=2, kv_heads=1, block_size=48, query_tile=9),
+    Case(heads=9, kv_heads=1, head_dim=20, softcap=3.0),
+    Case(heads=4, kv_heads=2, block_size=32, window=530, query_tile=8),
+    Case(heads=2, kv_heads=2, window=40, query_tile=64),
+    Case(heads=3, kv_heads=1, block_size=1024, query_tile=5),
+]
+
+
+@isas
+@pytest.mark.parametrize("case", [replace(c, kv=kv) for c in LONG for kv in KINDS], ids=repr)
+def test_long_contexts(isa, case):
+    """Against the formula; the same bits however cut into chunks, tiles of queries and spans of keys."""
+    length = 1111
+    data, cache = sequence(case, length), Cache(case, 1, length)
+    whole = run_chunks(isa, case, data, [length], cache)
+    keys, values = held(case, cache, length)
+    np.testing.assert_allclose(whole, plain(case, data[0], keys, values), rtol=2e-5, atol=4e-6)
+    ones = [1, 1, 1, 1]
+    for chunks in ([480, 33, *ones, length - 517], [1023, *ones, 80, *ones], [511, *ones, 500, 92, *ones]):
+        for how in (case, replace(case, in_spans=True, query_tile=3)):
+            np.testing.assert_array_equal(run_chunks(isa, how, data, chunks), whole)
+
+
+SKIPPING = """
+import numpy as np
+from hasten import _native
+isa, kv, window, in_spans = {isa!r}, {kv!r}, {window}, {in_spans}
+length, size, dim = 700, 16, 16
+blocks = -(-length // size)
+bytes = {{"f32": 4 * dim * size, "bf16": 2 * dim * size, "int8": dim * size + 2 * size}}[kv]
+keys = np.zeros((blocks, 1, bytes), np.uint8)
+values = keys.copy()
+table = np.arange(blocks, dtype=np.int32)[None]
+table[0, : (length - 3 - 40) // size] = 2**31 - 1  # far outside of the cache: reading there ends the process
+q, kv_rows = np.ones((2, 3, dim), np.float32), np.ones((2, 1, dim), np.float32)
+positions, starts = np.array([length - 2, length - 1], np.int32), np.array([0, 2], np.int32)
+out = _native.ops_attention(isa, kv, size, q, kv_rows, kv_rows, keys, values, positions, starts, table, 1.0,
+                            window=window, query_tile=2, in_spans=in_spans)
+assert np.isfinite(np.asarray(out)).all()
+"""
+
+
+@isas
+@kinds
+def test_blocks_outside_the_window_are_not_read(isa, kv):
+    def status(window, in_spans):
+        code = SKIPPING.format(isa=isa, kv=kv, window=window, in_spans=in_spans)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
+
+    assert status(40, False) == 0
+    assert status(40, True) == 0
+    assert status(0, False) == -signal.SIGSEGV  # so the blocks that the window skipped could not have been read
 
 
 @isas
@@ -143,7 +251,7 @@ def test_bits_do_not_depend_on_chunks(isa, case):
 
 
 @isas
-@pytest.mark.parametrize("kv", ["f32", "bf16"])
+@kinds
 @pytest.mark.parametrize("window", [0, 9])
 def test_bits_do_not_depend_on_company(isa, kv, window):
     case = Case(heads=6, kv_heads=2, head_dim=20, kv=kv, window=window)
@@ -163,7 +271,7 @@ def test_bits_do_not_depend_on_company(isa, kv, window):
 
 
 @isas
-@pytest.mark.parametrize("kv", ["f32", "bf16"])
+@kinds
 def test_what_comes_later_never_leaks(isa, kv):
     """NaN or infinity in later tokens of the same tile, or in slots outside the window, leaves earlier bits alone."""
     for case in (Case(kv=kv, head_dim=20), Case(kv=kv, heads=1, kv_heads=1, window=5)):
@@ -193,11 +301,33 @@ def test_cache_rounds_to_nearest_even(isa):
     step(isa, case, cache, [(0, 0, q, k, v)])
     for position in range(20):
         block, slot = cache.tables[0, position // 16], position % 16
-        np.testing.assert_array_equal(cache.keys[block, :, :, slot], to_bf16(k[position]))
-        np.testing.assert_array_equal(cache.values[block, :, slot], to_bf16(v[position]))
+        keys = cache.keys[block].view(np.uint16).reshape(2, 24, 16)
+        values = cache.values[block].view(np.uint16).reshape(2, 16, 24)
+        np.testing.assert_array_equal(keys[:, :, slot], to_bf16(k[position]))
+        np.testing.assert_array_equal(values[:, slot], to_bf16(v[position]))
     nan = np.full_like(v, np.nan)
     step(isa, case, cache, [(0, 0, q, k, nan)])
-    assert np.isnan(from_bf16(cache.values[cache.tables[0, 0], 0, 0])).all()
+    assert np.isnan(held(case, cache, 20)[1]).all()
+
+
+@isas
+@kinds
+def test_zeros_and_tiny_numbers(isa, kv):
+    case = Case(kv=kv)
+    q, k, v = sequence(case, 20)
+    for factor in (0, 1e-40, 1e-30):
+        found = run_chunks(isa, case, (q, k * np.float32(factor), v * np.float32(factor)), [20])
+        np.testing.assert_allclose(found, 0, atol=5 * factor)
+        assert np.isfinite(found).all()
+
+
+def test_an_unknown_format_is_refused():
+    data, cache = sequence(Case(), 3), Cache(Case(), 1, 3)
+    with pytest.raises(ValueError, match="unknown kv format 'int3'"):
+        _native.ops_attention(
+            ISAS[0], "int3", 16, *data, cache.keys, cache.values, np.arange(3, dtype=np.int32),
+            np.array([0, 3], np.int32), cache.tables, 1.0,
+        )  # fmt: skip
 
 
 @isas

@@ -12,6 +12,7 @@ kernels = _native.matmul
 ISAS = _native.matmul.isas()
 SHAPES = [(1, 1), (3, 172), (16, 64), (17, 33), (31, 96), (33, 129), (50, 300), (48, 7), (64, 256), (5, 128)]
 QUANTISED = [name for name in formats.names() if formats.get(name).group]
+KINDS = sorted({formats.get(name).kind for name in QUANTISED})
 GUARD = np.float32(-12345.0)
 
 
@@ -127,7 +128,7 @@ def test_what_is_not_finite_reaches_every_output_of_its_row(isa, name, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 13])
-@pytest.mark.parametrize("name", ["int8-g64", "int4-g32", "codebook4-g128"])
+@pytest.mark.parametrize("name", [f"{kind}-g{32 << i % 3}" for i, kind in enumerate(KINDS)])
 def test_integer_parts_are_exact(isa, name, tokens):
     for rows, columns in SHAPES:
         check_integer_parts(isa, name, rows, columns, tokens)
@@ -151,20 +152,21 @@ def check_integer_parts(isa, name, rows, columns, tokens):
     assert np.array_equal(out, codes[:, :columns].astype(np.int64) @ levels.T)
 
 
-@pytest.mark.parametrize("name", ["int8-g32", "int4-g32", "codebook4-g32"])
-def test_extreme_codes_do_not_saturate(isa, name):
-    fmt = formats.get(name)
-    weight = fmt.random(16, 256, seed=0)
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_codes_do_not_saturate(isa, kind, tokens):
+    weight = formats.get(f"{kind}-g128").random(16, 256, seed=0)
     weight.arrays["scales"][:] = 1
-    if name == "codebook4-g32":
+    if "codebook" in weight.arrays:
         weight.arrays["codebook"][:] = 127
-    for code in (0xFF, 0x01, 0x00):
-        weight.arrays["codes"][:] = code
+    stored = weight.arrays["codes"][..., :256] if kind == "sparse8" else weight.arrays["codes"]  # not the masks
+    for code in (0xFF, 0x01, 0x00, 0x80, 0x7F):
+        stored[:] = code
         for sign in (127, -127):
-            codes = np.full((1, 256), sign, np.int8)
-            sums = np.full((1, 8), sign * 32, np.int32)
-            out = np.empty((1, 16), np.float32)
-            kernels.matmul_int(isa, native(weight), codes, np.ones((1, 8), np.float32), sums, 32, out)
+            codes = np.full((tokens, 256), sign, np.int8)
+            sums = np.full((tokens, 2), sign * 128, np.int32)
+            out = np.empty((tokens, 16), np.float32)
+            kernels.matmul_int(isa, native(weight), codes, np.ones((tokens, 2), np.float32), sums, 128, out)
             assert np.array_equal(out, codes.astype(np.int64) @ weight.dense().astype(np.int64).T)
 
 
@@ -199,7 +201,9 @@ def check_float_formula(isa, name, rows, columns, tokens):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(50, 300), (33, 172), (16, 64), (7, 33)])
-@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "int8-g32", "int8-g128", "int4-g64", "codebook4-g128"])
+@pytest.mark.parametrize(
+    "name", ["f32", "f16", "bf16", "int8-g128", *(f"{k}-g{32 << i % 3}" for i, k in enumerate(KINDS))]
+)
 def test_a_row_does_not_depend_on_its_company(isa, name, rows, columns):
     weight = formats.get(name).pack(inputs(rows, columns, seed=1))
     x = inputs(40, columns, seed=2)
@@ -223,7 +227,8 @@ def test_what_lies_between_rows_of_activations_is_not_read(isa):
 
 
 @pytest.mark.parametrize(
-    ("name", "columns"), [("bf16", 2051), ("f16", 2050), ("f32", 2049), ("int8-g64", 33000), ("int4-g32", 33000)]
+    ("name", "columns"),
+    [("bf16", 2051), ("f16", 2050), ("f32", 2049), *((f"{k}-g{32 << i % 3}", 33000) for i, k in enumerate(KINDS))],
 )
 def test_long_rows_are_cut_into_blocks_without_a_trace(isa, name, columns):
     weight = formats.get(name).pack(inputs(17, columns, seed=1))
@@ -239,7 +244,7 @@ def test_long_rows_are_cut_into_blocks_without_a_trace(isa, name, columns):
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 9, 30])
-@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "int8-g64", "int4-g32", "codebook4-g64"])
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16", *(f"{k}-g{32 << i % 3}" for i, k in enumerate(KINDS))])
 def test_panels_can_be_split_anywhere(isa, name, tokens):
     weight = formats.get(name).pack(inputs(70, 140, seed=1))
     x = inputs(tokens, 140, seed=2)
@@ -258,6 +263,21 @@ def test_decoded_rows_are_the_formats_values(isa, name, columns):
     handle = native(weight)
     rows = np.concatenate([kernels.decode_row(isa, handle, row) for row in range(19)])
     assert np.array_equal(rows, weight.dense())
+
+
+def test_hostile_arrays_are_refused():
+    for kind in KINDS:
+        f = formats.get(f"{kind}-g64")
+        arrays = f.random(40, 100, seed=0).arrays
+        for name, array in arrays.items():
+            with pytest.raises(ValueError, match=f"a weight's {name} must have {array.nbytes} bytes"):
+                kernels.Weight(kind, 40, 100, 64, **{**arrays, name: array.reshape(-1)[:-1].copy()})
+        if "codebook" in arrays:
+            with pytest.raises(ValueError, match="at most 127"):
+                kernels.Weight(kind, 40, 100, 64, **{**arrays, "codebook": arrays["codebook"] | np.uint8(128)})
+    arrays["codes"][2, 3, 256:] = 0xFF
+    with pytest.raises(ValueError, match="must have 256 of 512 bits, has 512"):
+        kernels.Weight("sparse8", 40, 100, 64, **arrays)
 
 
 def test_f16_scales_of_every_kind_are_read_exactly(isa):

@@ -175,7 +175,8 @@ def test_each_instruction_set_keeps_its_code_to_itself():
     build = Path(__file__).parents[2] / "build"
     objects: dict[str, Path] = {}
     for path in sorted(build.glob("**/native/isa/*.cpp.o"), key=lambda p: p.stat().st_mtime):
-        objects[path.name.removesuffix(".cpp.o")] = path
+        if "sanitize" not in str(path):  # sanitizers add shared symbols of their own
+            objects[path.name.removesuffix(".cpp.o")] = path
     objects.pop("dispatch", None)
     if not objects:
         pytest.skip(f"no objects of instruction sets under {build}")

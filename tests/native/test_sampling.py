@@ -240,3 +240,24 @@ def test_impossible_tokens_are_never_drawn(isa):
     for how in FILTERS:  # no distribution at all: still a token of the vocabulary
         assert 0 <= sample(isa, np.full(50, np.nan, np.float32), how)[0] < 50
         assert 0 <= sample(isa, np.full(50, -np.inf, np.float32), how)[0] < 50
+
+
+@isas
+def test_a_vocabulary_of_several_pieces(isa):
+    """Reductions go by pieces of 16384: sums and ties are the whole's."""
+    logits = random_logits(8, 40001)
+    logits[[20000, 30000, 40000]] = 50  # alone they would hide a piece that was left out of the sum
+    logits[5] = 49
+    wide = logits.astype(np.float64)
+    total = np.log(np.exp(wide - 50).sum()) + 50
+    token, logprob = sample(isa, logits, How(temperature=0.0))
+    assert token == 20000
+    assert logprob == pytest.approx(50 - total, abs=2e-6)
+    spread = random_logits(9, 40001, spread=0.1)
+    tokens, values = _native.ops_top_logprobs(isa, spread, 7)
+    wide = spread.astype(np.float64)
+    np.testing.assert_allclose(values, wide[tokens] - np.log(np.exp(wide).sum()), atol=2e-6)
+    logits[:20000] = -np.inf
+    assert sample(isa, logits, How(temperature=0.0))[0] == 20000
+    logits[:16384] = np.nan  # never wins
+    assert sample(isa, logits, How(temperature=0.0))[0] == 20000

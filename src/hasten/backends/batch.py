@@ -28,7 +28,7 @@ class Limits:
     kv_blocks: int = 64
     """Blocks in the KV cache, shared by all sequences."""
     kv_format: str = "bf16"
-    """"bf16" or "f32"."""
+    """"bf16", "int8" (a scale for each token and head) or "f32"."""
     threads: int = 0
     """0: one for each core that affinity and container limits leave."""
 

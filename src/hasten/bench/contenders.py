@@ -187,8 +187,7 @@ def _work(contender: Contender) -> Work:
 
 
 def _count(model: checkpoint.Model, kv_format: str) -> Work:
-    auto = memory.kv_format(model.formats.values())
-    return count(model.graph, model.weights(), auto if kv_format == "auto" else kv_format)
+    return count(model.graph, model.weights(), memory.kv_format(model.formats.values(), kv_format))
 
 
 def _peer(

@@ -136,7 +136,7 @@ class Loaded:
         MemoryLimitError where cache and buffers do not fit beside the weights.
         """
         stored = {w.format.name for w in weights.values() if isinstance(w, Weight)}
-        kv_format = memory.kv_format(stored) if kv_format == "auto" else kv_format
+        kv_format = memory.kv_format(stored, kv_format)
         limits = limits_for(graph, prompt, new, batch, threads, kv_format)
         memory.require(memory.predict(graph, 0, limits), memory.memory()[1])
         self.work = count(graph, weights, kv_format)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hasten.bench.machine import Limits
-from hasten.engine.memory import KV_BYTES
+from hasten.engine import memory
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
 from hasten.graph.ops import Attention, Embed, Linear, SelectRows
@@ -77,6 +77,8 @@ def count(graph: Graph, weights: Mapping[str, Any], kv_format: str = "bf16") -> 
                 place = macs["row" if rows.intersection(node.outputs) else "token"]
                 place[0 if weight.format.group else 1] += weight.shape[0] * weight.shape[1]
     matrices = [w for w in weights.values() if isinstance(w, Weight)]
+    attention = tuple(n.op for n in graph.nodes if isinstance(n.op, Attention))
+    cached = sum(2 * a.kv_heads * a.head_dim for a in attention)  # numbers of a token
     stored = sum(w.shape[0] * w.shape[1] for w in matrices)
     return Work(
         parameters=graph.parameters(),
@@ -85,6 +87,6 @@ def count(graph: Graph, weights: Mapping[str, Any], kv_format: str = "bf16") -> 
         row_macs=(macs["row"][0], macs["row"][1]),
         step_bytes=sum(read.values()),
         token_bytes=sum(size for name, size in embedded.items() if name not in read),
-        attention=tuple(n.op for n in graph.nodes if isinstance(n.op, Attention)),
-        kv_bytes=KV_BYTES[kv_format],
+        attention=attention,
+        kv_bytes=memory.kv_bytes(graph, kv_format) / max(cached, 1),
     )

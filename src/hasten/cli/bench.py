@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import argument, option
+from hasten.cli.cache import Cache
+from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.errors import InputError, OutputError
 
@@ -34,6 +35,7 @@ class Options:
     format: str | None = option(
         None, help="weight format of --random-weights (default: the model's dtype); with --against one or more, N,N,..."
     )
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     plot: Path | None = option(None, help="also draw the speeds into this SVG file", metavar="FILE.svg")
     json: bool = option(False, help="print one JSON document")
@@ -48,7 +50,6 @@ class Options:
     output: Path | None = option(
         None, help="with --against: folder for report.json, a plot and Markdown; a run cut short goes on there"
     )
-    kv_format: str = option("auto", help="with --against: numbers of hasten's own KV cache")
     fresh: bool = option(False, help="with --against: measure anew what --output already holds")
     discard: bool = option(False, help="with --against: remove the peers' copies of the weights afterwards")
 
@@ -70,7 +71,7 @@ def run(options: Options) -> None:
         sizes = {"prompt": options.prompt, "new": options.new, "threads": options.threads}
         name = options.format or model.dtype
         stored = {s.name: name for s in model.graph.matrices()} if options.random_weights else model.formats
-        kv_format = memory.kv_format(stored.values())
+        kv_format = memory.kv_format(stored.values(), options.cache.kv_format)
         limits = latency.limits_for(model.graph, batch=max(options.batch), kv_format=kv_format, **sizes)
         taken = memory.weight_bytes(model.graph, stored)
         memory.require(memory.predict(model.graph, taken, limits, stored), memory.memory()[1])
@@ -78,7 +79,7 @@ def run(options: Options) -> None:
             weights = checkpoint.random_weights(model.graph, name)
         else:
             weights = model.weights(report)
-        subject = latency.load(model.graph, weights, options.batch, **sizes)
+        subject = latency.load(model.graph, weights, options.batch, kv_format=kv_format, **sizes)
         latency.warm_up(subject, max(options.batch))
         peak = machine.peak_resident()  # before the limits are measured: their buffer is not the model's
         timed = latency.time_in_turn(
@@ -97,6 +98,7 @@ def run(options: Options) -> None:
         },
         "prompt": options.prompt,
         "new": options.new,
+        "kv_format": kv_format,
         "memory": {**subject.program.memory(), "peak_resident": peak},
         "runs": [asdict(r) for r in runs],
     }
@@ -162,7 +164,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
             names,
             chosen,
             format_names=formats_of(options),
-            kv_format=options.kv_format,
+            kv_format=options.cache.kv_format,
             cache=cache,
             logs=output / "logs",
             report=report,
@@ -174,7 +176,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
                 contenders.folder_for(model, random, cache).name,
                 options.rounds,
                 threads,
-                options.kv_format,
+                options.cache.kv_format,
                 sorted(f"{c.name} {c.version}" for c in field.contenders),
             ]
         )

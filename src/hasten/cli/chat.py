@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from hasten.cli.cache import Cache
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.cli.sampling import Sampling
@@ -30,6 +31,7 @@ class Options:
     tokens: int | None = option(None, "-n", help="tokens of one answer at most (default: what the context leaves)")
     sampling: Sampling = group(Sampling)
     context: int | None = option(None, help="tokens of the whole conversation (default: the model's, at most 4096)")
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
 
 
@@ -42,7 +44,14 @@ def run(options: Options) -> None:
         raise InputError(f"{options.model} has no chat template", "`hasten generate` continues plain text")
     params = options.sampling.params(model.generation, max_tokens=options.tokens)
     with reporter() as report:
-        llm = LLM(model, context=options.context, max_batch=1, threads=options.threads, report=report)
+        llm = LLM(
+            model,
+            context=options.context,
+            max_batch=1,
+            threads=options.threads,
+            kv_format=options.cache.kv_format,
+            report=report,
+        )
     print(COMMANDS, file=sys.stderr)
     _converse(llm, params, [{"role": "system", "content": options.system}] if options.system else [])
 

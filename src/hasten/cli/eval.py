@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hasten.cli.options import argument, option, required
+from hasten.cli.cache import Cache
+from hasten.cli.options import argument, group, option, required
 from hasten.cli.progress import reporter
 from hasten.errors import InputError
 
@@ -27,6 +28,7 @@ class Options:
         None, help="tokens in a window (default: the model's context, at most 1024)", metavar="N"
     )
     reference: str | None = option(None, help="also the divergence from this model, token by token", metavar="MODEL")
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     json: bool = option(False, help="print one JSON document")
 
@@ -42,23 +44,26 @@ def run(options: Options) -> None:
     windows = text.windows(model.tokenizer, written, context)
     if reference:
         _same_tokens(windows, text.windows(reference.tokenizer, written, context))
-    found = _measure(model, reference, windows, context, options.threads)
+    found = _measure(model, reference, windows, context, options)
     if options.json:
         print(json.dumps(found.summary()))
     else:
         show(found)
 
 
-def _measure(model: Model, reference: Model | None, windows: list[Int32], context: int, threads: int) -> Evaluation:
+def _measure(model: Model, reference: Model | None, windows: list[Int32], context: int, options: Options) -> Evaluation:
     from hasten.engine import memory
     from hasten.evaluate import perplexity
 
     opened = [m.at_context(context) for m in (model, reference) if m]
-    memory.require(perplexity.predict([(m.graph, m.formats) for m in opened], windows), memory.memory()[1])
+    kv_format = options.cache.kv_format
+    needed = perplexity.predict([(m.graph, m.formats) for m in opened], windows, kv_format)
+    memory.require(needed, memory.memory()[1])
     with reporter() as report:
         loaded = [(m.graph, m.weights(report)) for m in opened]
+        other = loaded[1] if reference else None
         return perplexity.measure(
-            *loaded[0], windows, reference=loaded[1] if reference else None, threads=threads, report=report
+            *loaded[0], windows, reference=other, kv_format=kv_format, threads=options.threads, report=report
         )
 
 

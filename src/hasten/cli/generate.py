@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hasten.cli.cache import Cache
 from hasten.cli.options import argument, group, option, required
 from hasten.cli.progress import reporter
 from hasten.cli.sampling import Sampling
@@ -28,6 +29,7 @@ class Options:
     context: int | None = option(
         None, help="tokens that prompt and answer may have (default: the model's, at most 4096)"
     )
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     json: bool = option(False, help="print one JSON document at the end instead of text as it comes")
 
@@ -39,7 +41,14 @@ def run(options: Options) -> None:
     model = checkpoint.open(options.model)
     params = options.sampling.params(model.generation, max_tokens=options.tokens, ignore_eos=options.ignore_eos)
     with reporter() as report:
-        llm = LLM(model, context=options.context, max_batch=1, threads=options.threads, report=report)
+        llm = LLM(
+            model,
+            context=options.context,
+            max_batch=1,
+            threads=options.threads,
+            kv_format=options.cache.kv_format,
+            report=report,
+        )
     started = time.perf_counter()
     stream = llm.stream(options.prompt, params)
     first = _write(stream, quiet=options.json)

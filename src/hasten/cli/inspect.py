@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import argument, option
+from hasten.cli.cache import Cache
+from hasten.cli.options import argument, group, option
 from hasten.errors import ContextError, InputError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Options:
         None, help="predict memory for sequences this long (default: the model's, at most 4096)"
     )
     batch: int = option(1, help="predict memory for this many sequences at once")
+    cache: Cache = group(Cache)
     graph: bool = option(False, help="print the graph before and after fusion, and what was fused and why")
     verify: bool = option(False, help="check an artifact's files, weights too, against their hashes first")
     json: bool = option(False, help="print one JSON document")
@@ -40,7 +42,7 @@ def run(options: Options) -> None:
             raise InputError(f"{options.model} is no hasten artifact: it has no hashes to verify")
         checkpoint.verify(model.path)
         print(f"{options.model}: every file is as {FACTS} says", file=sys.stderr)
-    document = describe(model, _context(model, options.context), options.batch)
+    document = describe(model, _context(model, options.context), options.batch, options.cache.kv_format)
     if options.graph:
         document["graph"] = graphs(model.graph)
     if options.json:
@@ -64,7 +66,7 @@ def _context(model: Model, context: int | None) -> int:
     return min(longest, DEFAULT_CONTEXT) if context is None else context
 
 
-def describe(model: Model, context: int, batch: int) -> dict[str, Any]:
+def describe(model: Model, context: int, batch: int, kv_format: str = "auto") -> dict[str, Any]:
     """All that is printed. Sizes in bytes."""
     if batch < 1:
         raise InputError(f"batch is {batch}, must be 1 or more")
@@ -84,7 +86,7 @@ def describe(model: Model, context: int, batch: int) -> dict[str, Any]:
         "bytes_on_disk": model.bytes_on_disk,
         "blocks": [[t for t in tensors if t["block"] == i] for i in range(len(graph.blocks))],
         "outside_blocks": [t for t in tensors if t["block"] is None],
-        "memory": _memory(model, context, batch),
+        "memory": _memory(model, context, batch, kv_format),
     }
 
 
@@ -113,7 +115,7 @@ def _tensors(graph: Graph, stored: dict[str, str]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _memory(model: Model, context: int, batch: int) -> dict[str, Any]:
+def _memory(model: Model, context: int, batch: int, kv_format: str) -> dict[str, Any]:
     from hasten.backends.batch import Limits
     from hasten.engine import memory
     from hasten.engine.llm import STEP_TOKENS
@@ -125,7 +127,7 @@ def _memory(model: Model, context: int, batch: int) -> dict[str, Any]:
         max_sequences=batch,
         max_rows=batch,
         kv_blocks=blocks,
-        kv_format=memory.kv_format(model.formats.values()),
+        kv_format=memory.kv_format(model.formats.values(), kv_format),
     )
     found = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), limits, model.formats)
     return {

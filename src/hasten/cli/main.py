@@ -21,7 +21,7 @@ import hasten.cli
 from hasten.cli import options
 from hasten.errors import HastenError, InputError, OutputError
 
-NOT_COMMANDS = frozenset({"main", "options", "progress", "sampling"})
+NOT_COMMANDS = frozenset({"cache", "main", "options", "progress", "sampling"})
 
 
 def commands() -> list[str]:

@@ -13,6 +13,8 @@ ALONE = 4096  # elements of input that each thread prepares for itself
 TILE_BYTES = 128 * 1024  # of a gate's output, and of columns unpacked to float32
 QUERY_TILE = 32
 SCORE_ROWS = 8
+TILE_KEYS, SPAN_KEYS = 64, 512  # that attention takes at a time; that threads share out
+CUT_SEQUENCES = 16  # whose keys may be cut over threads at once
 
 
 def beside_arena(fused: Graph, limits: Limits, stored: Mapping[str, str] | None, threads: int) -> int:
@@ -22,7 +24,7 @@ def beside_arena(fused: Graph, limits: Limits, stored: Mapping[str, str] | None,
         if isinstance(node.op, Linear | FusedLinear):
             parts = _linear(fused, node, limits, stored)
         elif isinstance(node.op, Attention | FusedAttention):
-            parts = _attention(fused, node, limits)
+            parts = _attention(fused, node, limits, threads)
         else:
             continue
         shared, own = max(shared, parts[0]), max(own, parts[1])
@@ -56,16 +58,24 @@ def _linear(fused: Graph, node: Node, limits: Limits, stored: Mapping[str, str] 
     return token * most, token * alone + 4 * width + (TILE_BYTES if gate else 0) + (kernel if most > 1 else 0)
 
 
-def _attention(fused: Graph, node: Node, limits: Limits) -> tuple[int, int]:
-    """(shared, for each thread) bytes of turned queries and keys, and of a query tile at work."""
+def _attention(fused: Graph, node: Node, limits: Limits, threads: int) -> tuple[int, int]:
+    """(shared, for each thread) bytes of turned queries, keys and results of spans, and of a query tile at work."""
     op = node.op
     a = op.attention if isinstance(op, FusedAttention) else op
     assert isinstance(a, Attention)
     copied = isinstance(op, FusedAttention) and (op.q_norm or op.k_norm or op.rope)
     strides = sum(_round_up(heads * a.head_dim, 16) for heads in (a.heads, a.kv_heads))
     rows = min(QUERY_TILE, limits.max_tokens) * (a.heads // a.kv_heads)
-    own = rows * (8 * a.head_dim + 24) + 4 * limits.block_size * (SCORE_ROWS + 2 * a.head_dim)
-    return 4 * limits.max_tokens * strides if copied else 0, own
+    width = _round_up(a.head_dim, 16)
+    tile = limits.block_size * max(1, TILE_KEYS // limits.block_size)
+    own = rows * (4 * a.head_dim + 8 * width + 32) + 256 + 4 * tile * (SCORE_ROWS + a.head_dim + width + 2)
+    spans = -(-limits.context // (limits.block_size * max(1, SPAN_KEYS // limits.block_size)))
+    cut = (
+        4 * min(limits.max_sequences, CUT_SEQUENCES) * spans * (a.heads * (width + 2) + 32 * a.kv_heads)
+        if threads > 1 and spans > 1
+        else 0
+    )
+    return (4 * limits.max_tokens * strides if copied else 0) + cut, own
 
 
 def _round_up(count: int, to: int) -> int:

@@ -45,8 +45,9 @@ class LLM:
 
     `model`: a Hugging Face directory, a hub id, an artifact, or "demo"; or one of them opened. `context`: tokens a
     sequence may have, its prompt included. `max_batch`: sequences computed together; more wait. `threads`: 0 for one a
-    core. `kv_format`: "auto", "bf16" or "f32". `memory`: bytes that all of it may take, None for what is available.
-    Raises ContextError, InputError, MemoryLimitError (before anything is loaded), and what opening a model raises.
+    core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes) or "f32". `memory`: bytes that all of
+    it may take, None for what is available. Raises ContextError, InputError, MemoryLimitError (before anything is
+    loaded), and what opening a model raises.
     """
 
     def __init__(
@@ -251,14 +252,12 @@ def limits_for(
             raise InputError(f"{name} is {value}, must be {least} or more")
     if threads > MAX_THREADS:
         raise InputError(f"threads is {threads}, must be {MAX_THREADS} or less")
-    if kv_format not in ("auto", *memory.KV_BYTES):
-        raise InputError(f"kv_format is '{kv_format}', must be auto, {' or '.join(memory.KV_BYTES)}")
     limits = Limits(
         context=wanted,
         max_tokens=max(STEP_TOKENS, max_batch),
         max_sequences=max_batch,
         max_rows=max_batch,
-        kv_format=memory.kv_format(model.formats.values()) if kv_format == "auto" else kv_format,
+        kv_format=memory.kv_format(model.formats.values(), kv_format),
         threads=threads,
     )
     return _with_cache(model, limits, memory.memory()[1] if budget is None else budget)

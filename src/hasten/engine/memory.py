@@ -10,14 +10,15 @@ from pathlib import Path
 from hasten import formats
 from hasten.backends.batch import Limits
 from hasten.engine.buffers import beside_arena
-from hasten.errors import MemoryLimitError
+from hasten.errors import InputError, MemoryLimitError
 from hasten.graph.fuse import fuse
 from hasten.graph.graph import Graph
 from hasten.graph.memory import plan
 from hasten.graph.ops import Attention
 
 ROOT = Path("/")
-KV_BYTES = {"bf16": 2, "f32": 4}
+KV_FORMATS = {"bf16": (2, 0), "int8": (1, 2), "f32": (4, 0)}
+"""Bytes of a number in the cache, and of the scale that a token's key or value has for each head."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def predict(graph: Graph, weights: int, limits: Limits, stored: Mapping[str, str
 def kv_bytes(graph: Graph, kv_format: str) -> int:
     """Bytes of keys and values that one token leaves in the cache, all layers together."""
     layers = [node.op for node in graph.nodes if isinstance(node.op, Attention)]
-    return sum(2 * op.kv_heads * op.head_dim for op in layers) * KV_BYTES[kv_format]
+    number, scale = KV_FORMATS[kv_format]
+    return sum(2 * op.kv_heads * (op.head_dim * number + scale) for op in layers)
 
 
 def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
@@ -61,12 +63,17 @@ def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
     return total
 
 
-def kv_format(stored: Iterable[str]) -> str:
-    """The cache's format for a model whose matrices are stored so: f32 where one of them is, else bf16.
+def kv_format(stored: Iterable[str], asked: str = "auto") -> str:
+    """The cache's format: what was asked for, or f32 where one of the formats that a model is stored in is, else bf16.
 
-    Serving and evaluation both ask here, so that what is measured is what is served.
+    Serving and evaluation both ask here, so that what is measured is what is served. Raises InputError for a format
+    that does not exist.
     """
-    return "f32" if "f32" in stored else "bf16"
+    if asked == "auto":
+        return "f32" if "f32" in stored else "bf16"
+    if asked not in KV_FORMATS:
+        raise InputError(f"kv_format is '{asked}', must be auto, {', '.join(list(KV_FORMATS)[:-1])} or f32")
+    return asked
 
 
 def require(needed: Prediction, available: int) -> None:

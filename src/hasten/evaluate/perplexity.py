@@ -63,15 +63,17 @@ def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: str = "bf16
     return feed.window_limits(max(len(w) for w in windows), chunk, kv_format=kv_format, threads=threads)
 
 
-def predict(models: Sequence[tuple[Graph, Mapping[str, str]]], windows: Sequence[Int32]) -> memory.Prediction:
-    """What measuring `models` (graph, format of each matrix) together takes."""
+def predict(
+    models: Sequence[tuple[Graph, Mapping[str, str]]], windows: Sequence[Int32], kv_format: str = "auto"
+) -> memory.Prediction:
+    """What measuring `models` (graph, format of each matrix) together takes, the first with a cache in `kv_format`."""
     parts = [
         memory.predict(
             graph,
             memory.weight_bytes(graph, stored),
-            limits_for(graph, windows, kv_format=memory.kv_format(stored.values())),
+            limits_for(graph, windows, kv_format=memory.kv_format(stored.values(), "auto" if index else kv_format)),
         )
-        for graph, stored in models
+        for index, (graph, stored) in enumerate(models)
     ]
     return memory.Prediction(*(sum(column) for column in zip(*(astuple(p) for p in parts), strict=True)))
 
@@ -86,7 +88,8 @@ def measure(
     threads: int = 0,
     report: Report | None = None,
 ) -> Evaluation:
-    """Score `windows` with a graph and its weights. `kv_format` "auto" is what each model is served with.
+    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto", always the reference's,
+    is what a model is served with.
 
     Raises as `score` does, InputError where the vocabularies differ, BackendError where the backend cannot run a graph.
     """
@@ -98,12 +101,12 @@ def measure(
             "compare models that share a tokenizer",
         )
 
-    def program(graph: Graph, weights: Weights) -> Program:
-        stored = (w.format.name for w in weights.values() if isinstance(w, Weight))
-        kv = memory.kv_format(stored) if kv_format == "auto" else kv_format
+    def program(graph: Graph, weights: Weights, asked: str) -> Program:
+        kv = memory.kv_format((w.format.name for w in weights.values() if isinstance(w, Weight)), asked)
         return native.compile(graph, weights, limits_for(graph, windows, kv_format=kv, threads=threads))
 
-    return score(program(graph, weights), windows, program(*reference) if reference else None, report)
+    other = program(*reference, "auto") if reference else None
+    return score(program(graph, weights, kv_format), windows, other, report)
 
 
 def score(

@@ -98,7 +98,7 @@ def _families() -> list[Any]:
     return [
         importlib.import_module(f"hasten.formats.{m.name}")
         for m in pkgutil.iter_modules(package.__path__)
-        if m.name != "base"
+        if m.name != "base" and not m.name.startswith("_")
     ]
 
 

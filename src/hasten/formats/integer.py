@@ -10,21 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.errors import FormatError
+from hasten.formats import _blocks
+from hasten.formats._blocks import PANEL, UNIT, UInt8
 from hasten.formats.base import Arrays, Float32, Format, Weight
-from hasten.formats.dense import PANEL, aligned, check_values, panel_chunks, repeated
-
-UNIT = 32
-UInt8 = npt.NDArray[np.uint8]
+from hasten.formats.dense import aligned, check_values, panel_chunks, repeated
 
 
 @dataclass(frozen=True)
 class Grouped(Format):
-    """What formats of codes and group scales share: one byte or half a byte a weight, value = level(code) * scale."""
+    """What formats of codes and group scales share: 8, 4, 3, 2 or 1 bits a weight, value = level(code) * scale."""
 
     @property
     def bits(self) -> int:
         """Of a code, without its share of the scale."""
-        return 8 if self.kind == "int8" else 4
+        return int(self.kind[-1])
 
     def groups(self, columns: int) -> int:
         return -(-columns // self.group)
@@ -89,7 +88,7 @@ class Grouped(Format):
             divisor[divisor == 0] = np.inf  # every level times zero is zero: take the code of zero
             with np.errstate(over="ignore"):
                 np.divide(grouped, divisor[:, :, None], out=grouped)
-            codes[panel0:panel1] = self._pack(self._nearest(block, arrays), specs["codes"][1][1])
+            codes[panel0:panel1] = self._pack(self._nearest(block, arrays)[:, : -(-columns // UNIT) * UNIT])
         return Weight(self, (rows, columns), {"codes": codes, "scales": stored, **arrays})
 
     def absmax_scales(self, values: Float32, **parameters: Any) -> Float32:
@@ -109,20 +108,13 @@ class Grouped(Format):
             )
         return half
 
-    def _pack(self, codes: UInt8, units: int) -> UInt8:
-        """Codes [height, columns] -> [panels, units, 16, 4]; columns past the last unit are dropped."""
-        if self.bits == 4:
-            pairs = codes.reshape(len(codes), -1, 2, 4)
-            codes = np.bitwise_or(pairs[:, :, 0], pairs[:, :, 1] << np.uint8(4)).reshape(len(codes), -1)
-        lanes = np.ascontiguousarray(codes[:, : units * 4]).view(np.uint32).reshape(-1, PANEL, units)
-        return np.ascontiguousarray(lanes.swapaxes(1, 2)).view(np.uint8).reshape(-1, units, PANEL, 4)
+    def _pack(self, codes: UInt8) -> UInt8:
+        """Codes [height, padded columns] -> as `codes` holds them."""
+        return _blocks.pack(codes, self.bits)
 
     def _unpack(self, packed: UInt8) -> UInt8:
-        """[panels, units, 16, 4] -> codes [height, padded columns]."""
-        rows = packed.swapaxes(1, 2).reshape(len(packed) * PANEL, -1, 4)
-        if self.bits == 4:
-            rows = np.stack((rows & np.uint8(15), rows >> np.uint8(4)), axis=2)
-        return rows.reshape(len(rows), -1)
+        """The inverse of _pack."""
+        return _blocks.unpack(packed, self.bits)
 
     @abstractmethod
     def _parameter_arrays(self, parameters: dict[str, Any]) -> Arrays:
@@ -143,20 +135,33 @@ class Grouped(Format):
     def random(self, rows: int, columns: int, seed: int) -> Weight:
         rng = np.random.default_rng(seed)
         specs = self.array_specs(rows, columns)
-        pool = rng.integers(1, 256, 262_139, np.uint8)
-        extreme = 3.0 * columns**-0.5 / (127.0 if self.bits == 8 else 8.0)
+        arrays = self._parameter_arrays({})
+        extreme = 3.0 * columns**-0.5 / np.abs(self._levels(arrays)).max()
         scales = repeated((rng.uniform(0.5, 1.0, 65_521) * extreme).astype(np.float16), specs["scales"][1])
         scales.swapaxes(1, 2)[-1, PANEL - (-rows % PANEL) :] = 0
-        return Weight(self, (rows, columns), {"codes": repeated(pool, specs["codes"][1]), "scales": scales})
+        codes = repeated(self._random_pool(rng), specs["codes"][1])
+        return Weight(self, (rows, columns), {"codes": codes, "scales": scales, **arrays})
+
+    def _random_pool(self, rng: np.random.Generator) -> UInt8:
+        """Bytes that `codes` may be filled with, over and over."""
+        return rng.integers(1, 256, 262_139, np.uint8)
 
 
 @dataclass(frozen=True)
 class Integer(Grouped):
-    """value = (code - zero) * scale: int8 with codes 1..255 and zero 128, int4 with codes 0..15 and zero 8."""
+    """value = (code - zero) * scale: int8 with codes 1..255 and zero 128, int4 with zero 8, int3 with zero 4.
+
+    With few levels one that is zero costs more than it gives: int2 has -3, -1, 1, 3 and int1 -1, 1 times the scale.
+    """
 
     @property
     def zero(self) -> int:
-        return 128 if self.bits == 8 else 8
+        return 1 << (self.bits - 1)
+
+    @property
+    def odd(self) -> bool:
+        """Whether levels are the odd integers."""
+        return self.bits <= 2
 
     def _parameter_arrays(self, parameters: dict[str, Any]) -> Arrays:
         if parameters:
@@ -166,21 +171,25 @@ class Integer(Grouped):
     def _absmax(self, grouped: Float32, arrays: Arrays) -> Float32:
         high: Float32 = grouped.max(axis=2)
         low: Float32 = grouped.min(axis=2)
-        if self.bits == 8:
-            return np.asarray(np.maximum(high, -low) / 127, np.float32)
+        if self.bits == 8 or self.odd:
+            return np.asarray(np.maximum(high, -low) / (2 * self.zero - 1 if self.odd else 127), np.float32)
         # The grid reaches one step further below zero: the extreme goes there, by the sign of the scale.
-        return np.asarray(np.where(high > -low, high, low) / -8, np.float32)
+        return np.asarray(np.where(high > -low, high, low) / -self.zero, np.float32)
 
     def _levels(self, arrays: Arrays) -> Float32:
-        return np.arange(1 << self.bits, dtype=np.float32) - np.float32(self.zero)
+        levels = np.arange(1 << self.bits, dtype=np.float32) - np.float32(self.zero)
+        return 2 * levels + 1 if self.odd else levels
 
     def _nearest(self, quotients: Float32, arrays: Arrays) -> UInt8:
-        np.rint(quotients, out=quotients)
+        if self.odd:
+            quotients *= np.float32(0.5)
+            np.floor(quotients, out=quotients)
+        else:
+            np.rint(quotients, out=quotients)
         np.clip(quotients, 1 - self.zero if self.bits == 8 else -self.zero, self.zero - 1, out=quotients)
         quotients += np.float32(self.zero)
         return quotients.astype(np.uint8)
 
 
-FORMATS = {
-    f"{kind}-g{group}": Integer(f"{kind}-g{group}", kind, group) for kind in ("int8", "int4") for group in (32, 64, 128)
-}
+KINDS = ("int8", "int4", "int3", "int2", "int1")
+FORMATS = {f"{kind}-g{group}": Integer(f"{kind}-g{group}", kind, group) for kind in KINDS for group in (32, 64, 128)}

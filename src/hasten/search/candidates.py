@@ -17,8 +17,9 @@ from hasten.graph.ops import Embed, Linear
 
 FORMATS = (
     *("bf16", "int8-g64", "int8-g128", "int4-g32", "int4-g64", "int4-g128"),
-    *("codebook4-g32", "codebook4-g64", "codebook4-g128"),
+    *("codebook4-g32", "codebook4-g64", "codebook4-g128", "int3-g64", "codebook3-g64"),
 )
+"""None of two bits, one, or half the weights: without training afterwards they lose more than their bytes are worth."""
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _cell(cell: Json, x: float, y: float, width: float, height: float) -> str:
     )
     if width < 34:
         return box
-    label = cell["format"].replace("codebook4", "cb4") if width >= 50 else f"{cell['bits']:.1f}"
+    label = cell["format"].replace("codebook", "cb") if width >= 50 else f"{cell['bits']:.1f}"
     return box + (
         f'<text x="{x + width / 2:.1f}" y="{y + height / 2 + 4:.1f}" text-anchor="middle" font-size="10.5" '
         f'fill="#fff" pointer-events="none">{escape(label)}</text>'

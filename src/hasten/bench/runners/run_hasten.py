@@ -35,7 +35,7 @@ class Hasten(protocol.Engine):
             max_rows=batch,
             block_size=BLOCK,
             kv_blocks=-(-tokens // BLOCK) + batch,
-            kv_format=memory.kv_format(model.formats.values()) if kv_format == "auto" else kv_format,
+            kv_format=memory.kv_format(model.formats.values(), kv_format),
             threads=threads,
         )
         memory.require(memory.predict(model.graph, 0, limits), memory.memory()[1])

@@ -42,6 +42,8 @@ def best_for(format: Format) -> str:
     """The method that gives a format its least error: what the search takes."""
     if format.kind.startswith("codebook"):
         return "codebook"
+    if format.kind.startswith("sparse"):
+        return "prune"
     return "clip" if format.group else "nearest"
 
 

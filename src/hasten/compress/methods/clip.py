@@ -15,8 +15,13 @@ from hasten.formats import Format, Weight
 RATIOS = {
     "int8": (1.0, 0.98, 0.96, 0.93, 0.9),
     "int4": (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.62, 0.55),
+    "int3": (1.04, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.54, 0.48, 0.42),
+    "int2": (1.0, 0.92, 0.85, 0.79, 0.73, 0.67, 0.62, 0.57, 0.52, 0.47, 0.42, 0.36, 0.3),
+    "int1": (1.0,),  # the signs whatever the scale; the fit by least squares finds it
 }
-LEVELS = {"int8": (-127, 127), "int4": (-8, 7)}
+LEVELS = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3), "int2": (-3, 3), "int1": (-1, 1)}
+ODD = ("int2", "int1")
+"""Kinds whose levels are the odd integers."""
 
 
 def supports(format: Format) -> bool:
@@ -24,16 +29,27 @@ def supports(format: Format) -> bool:
 
 
 def apply(values: Float32, format: Format, moments: Moments | None = None) -> Weight:
-    low, high = LEVELS[format.kind]
+    return format.pack(values, scales=best(values, format.kind, format.group, moments))
+
+
+def best(values: Float32, kind: str, group: int, moments: Moments | None) -> Float32:
+    """The scales [rows, groups] of integers of `kind` that leave the least error."""
+    low, high = LEVELS[kind]
 
     def nearest(quotients: Float32) -> Float32:
-        np.rint(quotients, out=quotients)
+        if kind in ODD:
+            quotients *= np.float32(0.5)
+            np.floor(quotients, out=quotients)
+            quotients *= 2
+            quotients += 1
+        else:
+            np.rint(quotients, out=quotients)
         return np.clip(quotients, low, high, out=quotients)
 
-    chunks, weights = cut(values, moments, format.group)
+    chunks, weights = cut(values, moments, group)
 
     def scales_of(chunk: Float32) -> Float32:
         base = extremes(chunk) / np.float32(low)
-        return best_scales(chunk, weights, base, RATIOS[format.kind], nearest)[0]
+        return best_scales(chunk, weights, base, RATIOS[kind], nearest)[0]
 
-    return format.pack(values, scales=np.concatenate(list(in_threads(scales_of, chunks))))
+    return np.concatenate(list(in_threads(scales_of, chunks)))

@@ -1,7 +1,7 @@
-"""Sixteen levels learned for each matrix, with searched group scales.
+"""The 16, 8, 4 or 2 levels of a codebook learned for each matrix, with searched group scales.
 
 Values divided by their group's scale are gathered in a histogram, weighted by what an error there does to the output;
-its sixteen optimal levels are found exactly, by dynamic programming (one-dimensional k-means: Wang and Song 2011,
+its optimal levels are found exactly, by dynamic programming (one-dimensional k-means: Wang and Song 2011,
 Ckmeans.1d.dp). Then the scales are searched for those levels, and both steps repeat.
 """
 
@@ -13,8 +13,9 @@ import numpy.typing as npt
 from hasten.compress.methods import Float32, Moments
 from hasten.compress.methods._groups import Round, best_scales, cut, extremes, half, in_threads, quotients
 from hasten.formats import Format, Weight
+from hasten.formats.codebook import Codebook
 
-LOW, HIGH, ENTRIES = -64, 63, 16
+LOW, HIGH = -64, 63
 STEPS = 2  # histogram bins a level
 RATIOS = (1.06, 1.0, 0.95, 0.9, 0.85, 0.79, 0.72)
 ROUNDS = 2
@@ -23,15 +24,16 @@ Float64 = npt.NDArray[np.float64]
 
 
 def supports(format: Format) -> bool:
-    return format.kind == "codebook4"
+    return isinstance(format, Codebook)
 
 
 def apply(values: Float32, format: Format, moments: Moments | None = None) -> Weight:
+    assert isinstance(format, Codebook)
     chunks, weights = cut(values, moments, format.group)
     base = [half(extremes(chunk) / np.float32(LOW)) for chunk in chunks]  # the extreme is the lowest level
     scales, best, least = base, None, np.inf
     for _ in range(ROUNDS):
-        levels = optimal_levels(*histogram(chunks, scales, weights))
+        levels = optimal_levels(*histogram(chunks, scales, weights), format.entries)
         found = _search(chunks, weights, base, rounding(levels))
         scales = [s for s, _ in found]
         error = sum(float(e.sum(dtype=np.float64)) for _, e in found)
@@ -82,7 +84,7 @@ def histogram(chunks: list[Float32], scales: list[Float32], weights: Float32) ->
     return mass, moment
 
 
-def optimal_levels(mass: Float64, moment: Float64, entries: int = ENTRIES) -> npt.NDArray[np.int8]:
+def optimal_levels(mass: Float64, moment: Float64, entries: int) -> npt.NDArray[np.int8]:
     """The `entries` integer levels of least weighted squared error, ascending: int8 [entries]."""
     bins = len(mass)
     grid = LOW + np.arange(bins) / STEPS

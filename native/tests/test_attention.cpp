@@ -1,0 +1,228 @@
+// Attention over a paged cache against a plain float64 softmax, and the same bits however the prompt is cut.
+#include <algorithm>
+
+#include "check.h"
+
+namespace hasten::test {
+namespace {
+
+struct Case {
+  int64_t heads = 4, kv_heads = 2, head_dim = 16, block_size = 16, window = 0;
+  float softcap = 0;
+  bool causal = true;
+  int64_t tile = 16;
+};
+
+const Case kCases[] = {
+    {},
+    {.heads = 1, .kv_heads = 1, .head_dim = 8},
+    {.heads = 3, .kv_heads = 3, .head_dim = 24, .block_size = 32},
+    {.heads = 7, .kv_heads = 1, .head_dim = 64, .block_size = 32},
+    {.heads = 9, .kv_heads = 1, .head_dim = 100},
+    {.heads = 6, .kv_heads = 3, .head_dim = 40, .block_size = 48, .tile = 5},
+    {.window = 1},
+    {.heads = 2, .block_size = 32, .window = 37},
+    {.heads = 8, .head_dim = 36, .window = 20, .softcap = 5},
+    {.softcap = 1.5f},
+    {.causal = false, .tile = 7},
+};
+
+struct Sequence {
+  Sequence(const Case& c, int64_t length, uint64_t seed) : length(length) {
+    Random random(seed);
+    q = random.normals(length * c.heads * c.head_dim);
+    k = random.normals(length * c.kv_heads * c.head_dim);
+    v = random.normals(length * c.kv_heads * c.head_dim);
+  }
+  int64_t length;
+  std::vector<float> q, k, v;                                        // [length][heads or kv_heads][head_dim]
+};
+
+double stored(float value, KvKind kind) { return kind == KvKind::f32 ? value : bf16_value(nearest_bf16(value)); }
+
+// softmax(mask(cap(scale q k^T))) v, [length][heads][head_dim]
+std::vector<double> textbook(const Case& c, KvKind kind, const Sequence& s, float scale) {
+  std::vector<double> out(s.q.size()), scores(static_cast<size_t>(s.length));
+  for (int64_t i = 0; i < s.length; ++i)
+    for (int64_t head = 0; head < c.heads; ++head) {
+      const int64_t shared = head / (c.heads / c.kv_heads);
+      const auto key = [&](int64_t j) { return static_cast<size_t>((j * c.kv_heads + shared) * c.head_dim); };
+      const size_t query = static_cast<size_t>((i * c.heads + head) * c.head_dim);
+      const int64_t begin = c.window > 0 ? std::max<int64_t>(0, i - c.window + 1) : 0;
+      const int64_t end = c.causal ? i + 1 : s.length;
+      double most = -HUGE_VAL, total = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        double score = 0;
+        for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
+          score += s.q[query + d] * stored(s.k[key(j) + d], kind);
+        score *= scale;
+        if (c.softcap > 0) score = c.softcap * std::tanh(score / c.softcap);
+        scores[static_cast<size_t>(j)] = score;
+        most = std::max(most, score);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        double& weight = scores[static_cast<size_t>(j)];
+        total += weight = std::exp(weight - most);
+      }
+      for (int64_t j = begin; j < end; ++j)
+        for (size_t d = 0; d < static_cast<size_t>(c.head_dim); ++d)
+          out[query + d] += scores[static_cast<size_t>(j)] / total * stored(s.v[key(j) + d], kind);
+    }
+  return out;
+}
+
+// A cache whose blocks stand in shuffled order and hold NaN wherever nothing was written.
+class Cache {
+ public:
+  Cache(const Case& c, KvKind kind, int64_t context)
+      : blocks_((context + c.block_size - 1) / c.block_size + 2), element_(kind == KvKind::f32 ? 4 : 2),
+        keys_(bytes(c)), values_(bytes(c)) {
+    const uint32_t nan = kind == KvKind::f32 ? 0x7fc00000 : 0x7fc07fc0;
+    for (int64_t i = 0; i < keys_.count(); i += 4) {
+      std::memcpy(keys_.data() + i, &nan, 4);
+      std::memcpy(values_.data() + i, &nan, 4);
+    }
+    for (int64_t i = 0; i < blocks_; ++i) table.push_back(static_cast<int32_t>((i * 5 + 3) % blocks_));
+    if (blocks_ % 5 == 0)
+      for (int64_t i = 0; i < blocks_; ++i) table[static_cast<size_t>(i)] = static_cast<int32_t>(blocks_ - 1 - i);
+    layer = {};
+    layer.kind = kind;
+    layer.keys = keys_.data();
+    layer.values = values_.data();
+    layer.kv_heads = c.kv_heads;
+    layer.head_dim = c.head_dim;
+    layer.block_size = c.block_size;
+  }
+  bool intact() const { return keys_.intact() && values_.intact(); }
+  KvLayer layer;
+  std::vector<int32_t> table;
+
+ private:
+  int64_t bytes(const Case& c) const { return blocks_ * c.kv_heads * c.head_dim * c.block_size * element_; }
+  int64_t blocks_, element_;
+  Guarded<uint8_t> keys_, values_;
+};
+
+// Feeds the sequence in chunks of these lengths, queries in tiles of `tile` -> [length][heads][head_dim].
+std::vector<float> run(const Kernels& k, const Case& c, KvKind kind, const Sequence& s, float scale,
+                       const std::vector<int64_t>& chunks, int64_t tile) {
+  Cache cache(c, kind, s.length);
+  const int64_t q_width = c.heads * c.head_dim, k_width = c.kv_heads * c.head_dim, gap = 5;
+  std::vector<float> all;
+  int64_t begin = 0;
+  for (const int64_t size : chunks) {
+    const auto rows = [&](const std::vector<float>& from, int64_t width) {
+      return Exact<float>(std::vector<float>(from.begin() + begin * width, from.begin() + (begin + size) * width), 4);
+    };
+    const Exact<float> q = rows(s.q, q_width), keys = rows(s.k, k_width), values = rows(s.v, k_width);
+    Guarded<float> out(size * (q_width + gap), 8);
+    std::vector<int32_t> positions;
+    for (int64_t i = 0; i < size; ++i) positions.push_back(static_cast<int32_t>(begin + i));
+    const int32_t starts[] = {0, static_cast<int32_t>(size)};
+    AttentionArgs a{};
+    a.kv = cache.layer;
+    a.q = q.data();
+    a.k = keys.data();
+    a.v = values.data();
+    a.out = out.data();
+    a.q_stride = q_width;
+    a.k_stride = a.v_stride = k_width;
+    a.out_stride = q_width + gap;
+    a.heads = c.heads;
+    a.scale = scale;
+    a.softcap = c.softcap;
+    a.window = c.window;
+    a.causal = c.causal;
+    a.positions = positions.data();
+    a.starts = starts;
+    a.block_tables = cache.table.data();
+    a.table_stride = static_cast<int64_t>(cache.table.size());
+    for (int64_t token = 0; token < size; ++token) k.kv_write(a, 0, token);
+    Guarded<std::byte> scratch(k.attend_scratch(a, tile));
+    for (int64_t head = 0; head < c.kv_heads; ++head)
+      for (int64_t token = 0; token < size; token += tile)
+        k.attend(a, 0, head, token, std::min(size, token + tile), scratch.data());
+    expect(scratch.intact() && out.intact() && cache.intact(), "attention wrote outside its output, scratch or cache");
+    for (int64_t token = 0; token < size; ++token) {
+      const float* row = out.data() + token * a.out_stride;
+      all.insert(all.end(), row, row + q_width);
+      for (int64_t i = 0; i < gap; ++i)
+        expect(out.untouched(token * a.out_stride + q_width + i), "attention wrote between rows");
+    }
+    begin += size;
+  }
+  return all;
+}
+
+struct Problem {
+  Case c;
+  KvKind kind;
+  float scale;
+  Sequence sequence;
+  std::vector<double> wanted;
+};
+
+const std::vector<Problem>& problems() {
+  static const std::vector<Problem> made = [] {
+    std::vector<Problem> list;
+    for (const Case& c : kCases)
+      for (const KvKind kind : {KvKind::f32, KvKind::bf16}) {
+        const float scale = 1.7f / std::sqrt(static_cast<float>(c.head_dim));
+        Sequence sequence(c, 53, list.size() + 1);
+        std::vector<double> wanted = textbook(c, kind, sequence, scale);
+        list.push_back({c, kind, scale, std::move(sequence), std::move(wanted)});
+      }
+    return list;
+  }();
+  return made;
+}
+
+void check_problem(const Kernels& k, const Problem& p, int number) {
+  const int64_t length = p.sequence.length;
+  const std::vector<float> whole = run(k, p.c, p.kind, p.sequence, p.scale, {length}, p.c.tile);
+  for (size_t i = 0; i < whole.size(); ++i)
+    if (!expect(std::fabs(whole[i] - p.wanted[i]) <= 4e-6 + 2e-5 * std::fabs(p.wanted[i]),
+                "attention case %d: element %d is %.9g, the textbook gives %.9g", number, static_cast<int>(i),
+                static_cast<double>(whole[i]), p.wanted[i]))
+      break;
+  const auto same = [&](const std::vector<int64_t>& chunks, int64_t tile, const char* how) {
+    const std::vector<float> other = run(k, p.c, p.kind, p.sequence, p.scale, chunks, tile);
+    expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())),
+           "attention case %d: other bits %s", number, how);
+  };
+  same({length}, 3, "in tiles of 3 queries");
+  same({length}, 64, "in one tile of queries");
+  if (!p.c.causal) return;
+  same({20, length - 20}, p.c.tile, "in two chunks");
+  same(std::vector<int64_t>(static_cast<size_t>(length), 1), 1, "token by token");
+}
+
+// What a row may not see may hold anything.
+void check_leaks(const Kernels& k, KvKind kind, float bad) {
+  const Case c{.head_dim = 20, .window = 9};
+  Sequence s(c, 45, 77);
+  const int64_t width = c.heads * c.head_dim, k_width = c.kv_heads * c.head_dim;
+  const std::vector<float> clean = run(k, c, kind, s, 0.3f, {45}, 16);
+  const auto spoil = [&](int64_t first, int64_t last) {
+    std::fill(s.k.begin() + first * k_width, s.k.begin() + last * k_width, bad);
+    std::fill(s.v.begin() + first * k_width, s.v.begin() + last * k_width, bad);
+  };
+  spoil(0, 5);
+  spoil(35, 45);
+  const std::vector<float> found = run(k, c, kind, s, 0.3f, {45}, 16);
+  expect(same_bits(found.data() + 13 * width, clean.data() + 13 * width, (35 - 13) * width),
+         "attention: %g outside the window leaks", static_cast<double>(bad));
+  expect(std::isnan(found[static_cast<size_t>(35 * width)]), "attention: a row that sees %g is a number",
+         static_cast<double>(bad));
+}
+
+}  // namespace
+
+void test_attention(const Kernels& k) {
+  int number = 0;
+  for (const Problem& p : problems()) check_problem(k, p, number++);
+  for (const KvKind kind : {KvKind::f32, KvKind::bf16})
+    for (const float bad : {NAN, INFINITY}) check_leaks(k, kind, bad);
+}
+
+}  // namespace hasten::test
