@@ -100,12 +100,13 @@ def gather(
     random: bool,
     format_names: Sequence[str],
     kv_format: str,
+    version: str,
     threads: int,
     cache: Path,
     logs: Path,
     report: Report,
 ) -> Field:
-    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` is of hasten's cache.
+    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` is of hasten's cache, `version` its own.
 
     Raises what writing and packing raises.
     """
@@ -123,7 +124,7 @@ def gather(
         "batch": max(w.batch for w in workloads),
     }
     start = model if not format_names and not random else shared
-    ours = _hasten(start, format_names, folder, {**load, "kv_format": kv_format}, logs, report)
+    ours = _hasten(start, format_names, folder, {**load, "kv_format": kv_format}, version, logs, report)
     works = {c.variant.bits: _work(c) for c in ours}
     contenders, missing = list(ours), []
     for name in names:
@@ -150,10 +151,14 @@ def _checkpoint(model: checkpoint.Model, random: bool, folder: Path, report: Rep
 
 
 def _hasten(
-    model: checkpoint.Model, names: Sequence[str], folder: Path, load: dict[str, Any], logs: Path, report: Report
+    model: checkpoint.Model,
+    names: Sequence[str],
+    folder: Path,
+    load: dict[str, Any],
+    version: str,
+    logs: Path,
+    report: Report,
 ) -> list[Contender]:
-    from hasten import __version__
-
     made = []
     for name in names or ("",):
         path = _packed(model, name, folder, report) if name else model.path
@@ -163,7 +168,7 @@ def _hasten(
         variant = Variant(shown, bits_class(work.bits_per_weight))
         prepared = Prepared({"path": str(path)}, work.step_bytes, opened.bytes_on_disk, work.kv_bytes)
         made.append(
-            _contender("hasten", variant, prepared, __version__, sys.executable, {}, load, logs, _no_choice, report)
+            _contender("hasten", variant, prepared, version, sys.executable, {}, load, logs, _no_choice, report)
         )
     return made
 

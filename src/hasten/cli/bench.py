@@ -150,6 +150,7 @@ def formats_of(options: Options) -> tuple[str, ...]:
 
 def run_against(options: Options, names: tuple[str, ...]) -> None:
     """Prepare every engine, measure all in turn, and show, write or print what was found."""
+    import hasten
     from hasten import checkpoint
     from hasten.bench import against, against_chart, against_report, contenders, machine, workloads
 
@@ -165,6 +166,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
             chosen,
             format_names=formats_of(options),
             kv_format=options.cache.kv_format,
+            version=hasten.__version__,
             cache=cache,
             logs=output / "logs",
             report=report,
