@@ -106,7 +106,7 @@ def gather(
     logs: Path,
     report: Report,
 ) -> Field:
-    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` is of hasten's cache, `version` its own.
+    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` and `version` are hasten's.
 
     Raises what writing and packing raises.
     """
