@@ -436,6 +436,13 @@ void bind_program(nb::module_& m) {
   bind_building(program);
   bind_running(program);
   bind_tuning(program);
+  m.def("kernel_scratch",
+        [](const std::string& kind, int64_t rows, int64_t columns, int64_t group, int64_t tokens) {
+          const Weight shape{HeldWeight::kind_of(kind), rows, columns, group, nullptr, nullptr, nullptr};
+          return active_kernels().matmul_scratch(shape, std::min(tokens, Tuning::most_tokens()));
+        },
+        "kind"_a, "rows"_a, "columns"_a, "group"_a, "tokens"_a,
+        "Bytes that a thread's matmul takes beside its operands, in the instruction set in use");
   m.def("clock_ns", &steady_nanoseconds, "The clock of recordings");
   m.def("set_fault",
         [](const std::string& name) {

@@ -37,12 +37,13 @@ struct HeldWeight {
       if (weight.codebook[i] > 127) throw std::invalid_argument("a weight's codebook must have entries of at most 127");
   }
 
- private:
   static Kind kind_of(const std::string& name) {
     for (size_t i = 0; i < std::size(kKindNames); ++i)
       if (name == kKindNames[i]) return static_cast<Kind>(i);
     throw std::invalid_argument("unknown weight kind " + name);
   }
+
+ private:
   // Kernels step through the values by counting bits: more bits than values would lead them out of the array.
   void check_masks() const {
     const uint8_t* block = static_cast<const uint8_t*>(codes.data());

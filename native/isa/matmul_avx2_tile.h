@@ -77,7 +77,8 @@ inline __m128i four_lanes(const int8_t* x) {
 
 inline int64_t packed_bytes(const Weight& w, int64_t tokens) {
   const int64_t group = 32;                                          // the smallest that activations may have
-  return tokens * w.padded() * 2 + 2 * round_up(tokens * (w.padded() / group) * 4, kAlign) + kAlign;
+  const int64_t bytes = w.kind == Kind::int8 || w.kind == Kind::sparse8 ? 2 : 1;
+  return tokens * w.padded() * bytes + 2 * round_up(tokens * (w.padded() / group) * 4, kAlign) + kAlign;
 }
 
 // Cuts the tokens into tiles of four and a rest.

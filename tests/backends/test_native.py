@@ -92,7 +92,8 @@ def test_grouped_weights_give_the_formulas_over_rounded_inputs(name, isa):
     # A float32 that falls on the other side of a half than its float64 moves one code of 127; most rows have none.
     rows = np.abs(found - expected).max(axis=1)
     assert np.median(rows) < 2e-3
-    assert rows.max() < 0.1
+    # One bit rounded to the nearest makes every weight as large as its group's largest, and such steps as much larger.
+    assert rows.max() < (0.2 if name.startswith(("int1", "codebook1")) else 0.1)
     unrounded = np.abs(reference.forward(graph, reference.dense_weights(weights), TOKENS_OF) - expected).max(axis=1)
     assert np.median(rows) < np.median(unrounded) / 5  # the test can tell
 

@@ -60,6 +60,19 @@ def test_waits_are_in_order_and_inside_their_thread(threads):
     assert seen > 0
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_plan_step_has_the_time_that_it_took(wanted):
+    # The vocabulary makes the head, which comes last, most of a step, or nothing where no rows are wanted.
+    program = compiled(threads=1, vocabulary=20000, blocks=1)
+    program.record(9)
+    for _ in range(9):
+        program.step(batch(TOKENS_OF, rows=None if wanted else []))
+    times = np.median(np.diff(program.recording().marks[:, 0]), axis=0)
+    assert len(times) == len(program.plan) + 1  # rope tables come before
+    share = times[-1] / times.sum()
+    assert share > 0.8 if wanted else share < 0.05
+
+
 def test_one_thread_never_waits():
     program = compiled(threads=1)
     program.record(1)

@@ -149,6 +149,15 @@ def test_parts_and_the_unaccounted_make_the_wall_time(threads: int) -> None:
         assert sum(row.regions for row in phase.rows) == len(program.plan)
 
 
+def test_a_prefill_of_several_steps_is_one_pass() -> None:
+    subject, weights = loaded(prompt=40, new=1, batch=16)
+    found = profile(subject, weights, 16, rounds=2).prefill
+    assert (found.passes, found.counted) == (2, 1)
+    macs = {row.kind: row.int_macs for row in found.rows}
+    assert macs["down linear + residual"] == 2 * 640 * 40 * 24  # 640 tokens, more than a step takes; two blocks
+    assert macs["head linear + norm"] == 16 * 50 * 24
+
+
 def test_walls_follow_each_other_without_a_gap_and_fill_the_loop() -> None:
     subject, _ = loaded()
     subject.prefill(2)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hasten import formats
+from hasten import _native, formats
 from hasten.backends.batch import Limits
 from hasten.graph.graph import Graph, Node
 from hasten.graph.ops import Attention, FusedAttention, FusedLinear, Linear, Rope
 
 ALONE = 4096  # elements of input that each thread prepares for itself
-TILE_BYTES = 128 * 1024  # of a gate's output, and of columns unpacked to float32
+WAYS = ((2, 128, 128 << 10), (6, 256, 512 << 10))  # chunks a thread, tokens, bytes of output: the widest of tuning.cpp
 QUERY_TILE = 32
 SCORE_ROWS = 8
 TILE_KEYS, SPAN_KEYS = 64, 512  # that attention takes at a time; that threads share out
@@ -22,7 +22,7 @@ def beside_arena(fused: Graph, limits: Limits, stored: Mapping[str, str] | None,
     shared = own = 0
     for node in fused.nodes:
         if isinstance(node.op, Linear | FusedLinear):
-            parts = _linear(fused, node, limits, stored)
+            parts = _linear(fused, node, limits, stored, threads)
         elif isinstance(node.op, Attention | FusedAttention):
             parts = _attention(fused, node, limits, threads)
         else:
@@ -40,7 +40,9 @@ def _rope_tables(fused: Graph, limits: Limits) -> int:
     return sum(8 * limits.context * len(frequencies) for frequencies, _ in ropes)
 
 
-def _linear(fused: Graph, node: Node, limits: Limits, stored: Mapping[str, str] | None) -> tuple[int, int]:
+def _linear(
+    fused: Graph, node: Node, limits: Limits, stored: Mapping[str, str] | None, threads: int
+) -> tuple[int, int]:
     """(shared, for each thread) bytes of the input's prepared forms, and of what kernels unpack."""
     op = node.op
     names = [name for name in node.weights if fused.weights[name].is_matrix]
@@ -53,9 +55,21 @@ def _linear(fused: Graph, node: Node, limits: Limits, stored: Mapping[str, str] 
     token += padded + 8 * -(-width // min(groups)) if groups else 0
     most = limits.max_rows if node.inputs[0] in fused.row_values() else limits.max_tokens
     alone = min(max(1, ALONE // width), most)
-    gate = isinstance(op, FusedLinear) and op.gate
-    kernel = max([16 * padded] * bool(groups) + [0 if f.kind == "f32" else TILE_BYTES for f in chosen if not f.group])
-    return token * most, token * alone + 4 * width + (TILE_BYTES if gate else 0) + (kernel if most > 1 else 0)
+    shapes = [fused.weights[name].shape for name in names]
+    kernels = [_native.kernel_scratch(f.kind, *s, f.group, most) for f, s in zip(chosen, shapes, strict=True)]
+    gate = _gate_tile(shapes[0][0], most, threads) if isinstance(op, FusedLinear) and op.gate else 0
+    return token * most, token * alone + 4 * width + gate + max(kernels)
+
+
+def _gate_tile(rows: int, most: int, threads: int) -> int:
+    """Bytes of gate and up of a chunk, in the widest of the ways to cut that are tried."""
+    panels = -(-rows // 16)
+    tile = 0
+    for chunks, tokens, cached in WAYS:
+        tokens = min(tokens, most)
+        across = max(2, min(-(-panels // (threads * chunks)), cached // (128 * tokens)) // 2 * 2)
+        tile = max(tile, 128 * tokens * across)
+    return tile
 
 
 def _attention(fused: Graph, node: Node, limits: Limits, threads: int) -> tuple[int, int]:
