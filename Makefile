@@ -1,4 +1,6 @@
 # make demo    accelerate the embedded model within 1% of its perplexity, then let the result write a few lines
+# make bench   hasten beside llama.cpp, OpenVINO and transformers on the embedded model: table, JSON, plot in build/bench
+#              (MODEL=folder FORMAT=int4-g128 AGAINST=openvino BENCH='--random-weights --workloads decode-1 --rounds 5')
 # make test    all tests (EXTRAS=train also installs torch and transformers, for the comparisons that need them)
 # make check   formatting, lint, types, floors, file sizes
 # make sanitize  the native tests under the address, undefined and thread sanitizers
@@ -10,6 +12,10 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?=
 PROMPT ?= def read_config(path
+MODEL ?= demo
+FORMAT ?= int4-g128,int8-g128
+AGAINST ?= llama.cpp,openvino,transformers
+BENCH ?=
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -18,7 +24,7 @@ comma := ,
 empty :=
 extras := $(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))
 
-.PHONY: demo test check sanitize install clean
+.PHONY: demo bench test check sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -30,6 +36,10 @@ demo: $(VENV)/installed
 	@echo
 	@echo "The accelerated model writes:"
 	$(bin)/hasten generate build/demo-fast -p '$(PROMPT)' -n 96 --temperature 0.6 --repetition-penalty 1.15
+
+# Peers are installed on first use, which takes a while (llama.cpp is compiled for this machine), and kept.
+bench: $(VENV)/installed
+	$(bin)/hasten bench $(MODEL) --against $(AGAINST) --format $(FORMAT) --output build/bench $(BENCH)
 
 test: $(VENV)/tested-$(extras)
 	$(bin)/python -m pytest -rs

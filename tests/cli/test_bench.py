@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hasten.bench import against, contenders
+from hasten.bench.peers import PeerError
 from hasten.cli.main import main
 
 MACHINE = {"memory_read_gbs", "int8_gmacs", "bf16_gmacs", "cores", "instruction_set"}
@@ -70,9 +73,59 @@ def test_table_and_plot(shape: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sum("limit" in (title or "") for title in titles) == 4
 
 
+def no_install(peer: Any, home: Any) -> dict[str, Any]:
+    raise PeerError("no such wheel")
+
+
+def test_beside_peers_that_cannot_be_installed(
+    shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contenders, "install", no_install)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(against, "LEAST_SECONDS", 0.0)
+    out = tmp_path / "out"
+    flags = ["--against", "openvino,llama.cpp", "--random-weights", "--format", "int8-g32,int4-g32", "--rounds", "2"]
+    flags += ["--workloads", "prefill-9,decode-3,depth-200,depth-4096", "--threads", "1", "--output", str(out)]
+    assert main(["bench", shape, *flags, "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert str(tmp_path / "cache") in shown.err  # where the copies of the weights stay
+    assert found == json.loads((out / "report.json").read_text())
+    assert found["missing"] == [
+        {"peer": name, "reason": "not installed: no such wheel"} for name in ("openvino", "llama.cpp")
+    ]
+    assert found["left_out"] == ["depth-4096"]
+    assert [w["name"] for w in found["workloads"]] == ["prefill-9", "decode-3", "depth-200"]
+    for workload in found["workloads"]:
+        assert set(workload["engines"]) == {"hasten int8-g32", "hasten int4-g32"}
+        assert all(len(figures["seconds"]) == 2 for figures in workload["engines"].values())
+    bytes_read = {name: engine["step_bytes"] for name, engine in found["engines"].items()}
+    assert bytes_read["hasten int4-g32"] < 0.6 * bytes_read["hasten int8-g32"]
+    assert (out / "report.svg").read_text().startswith("<svg")
+    assert "not installed: no such wheel" in (out / "report.md").read_text()
+
+    measured = (out / "partial.json").read_bytes()
+    assert main(["bench", shape, *flags, "--discard"]) == 0  # nothing is measured twice
+    assert (out / "partial.json").read_bytes() == measured
+    assert "no such wheel" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").glob("hasten/inputs/*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--workloads", "decode-1"], "--workloads goes with --against"),
+        (["--discard"], "--discard goes with --against"),
+        (["--against", "vllm"], "no such peer: vllm"),
+        (["--against", "openvino", "--workloads", "all"], "no such workload: all"),
+        (["--against", "openvino", "--format", "int9"], "unknown weight format 'int9'"),
+        (["--against", "openvino", "--random-weights"], "needs --format"),
+        (["--against", "openvino", "--plot", "a.svg"], "--plot goes without --against"),
+        (["--against", "openvino", "--rounds", "0"], "--rounds must be at least 1"),
+        (
+            ["--against", "openvino", "--random-weights", "--format", "int4-g32", "--workloads", "prefill-512"],
+            "context of 256 tokens holds none",
+        ),
         (["--format", "int8-g32"], "--format goes with --random-weights"),
         (["--random-weights", "--format", "int9"], "unknown weight format 'int9'"),
         (["--random-weights", "--batch", "0"], "batch is 0"),

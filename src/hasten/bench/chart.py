@@ -36,11 +36,20 @@ class Points:
     line: bool = False
 
 
-def bar_chart(title: str, labels: Sequence[str], series: Sequence[Bars], *, unit: str = "", width: int = 640) -> str:
-    """Grouped vertical bars from zero, each with its value written above it."""
+def bar_chart(
+    title: str,
+    labels: Sequence[str],
+    series: Sequence[Bars],
+    *,
+    unit: str = "",
+    width: int = 640,
+    reference: float | None = None,
+) -> str:
+    """Grouped vertical bars from zero, each with its value above it; a dashed line across at `reference`."""
     height = 320
     tops = [v for s in series for v in s.values if v is not None]
     tops += [i[1] for s in series for i in s.intervals if i is not None]
+    tops += [] if reference is None else [reference]
     ticks = linear_ticks(0.0, max(tops, default=1.0) or 1.0)
     y = scale(0.0, ticks[-1], height - BOTTOM, TOP)
     parts = [*y_axis(ticks, y, width), legend([s.name for s in series], width)]
@@ -62,7 +71,10 @@ def bar_chart(title: str, labels: Sequence[str], series: Sequence[Bars], *, unit
             interval = one.intervals[i] if one.intervals else None
             parts.append(whisker(x + bar * 0.46, y(interval[0]), y(interval[1])) if interval else "")
             above = min(top, y(interval[1])) if interval else top
-            parts.append(text(x + bar * 0.46, above - 5, number(value), anchor="middle", size=10))
+            parts.append(text(x + bar * 0.46, above - 5, number(value), anchor="middle", size=10 if bar > 20 else 7))
+    if reference is not None:
+        across = f"M{LEFT} {y(reference):.1f}H{width - RIGHT}"
+        parts.append(f'<path d="{across}" stroke="currentColor" stroke-dasharray="5 4" stroke-opacity="0.6"/>')
     return svg(title, unit, width, height, parts)
 
 

@@ -1,8 +1,13 @@
-"""`hasten bench`: prefill, decode and time to first token, each as a share of the machine's limit in the same run."""
+"""`hasten bench`: prefill, decode and time to first token, each as a share of the machine's limit in the same run.
+
+With `--against` the same is measured of other engines too, in turn, on the same weights (hasten.bench.against).
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +32,26 @@ class Options:
     batch: tuple[int, ...] = option((1, 4, 8), help="how many sequences step together", metavar="N,N,...")
     rounds: int = option(3, help="measurements of each batch size at least; medians are shown")
     random_weights: bool = option(False, help="random weights: a directory with only a config.json is enough")
-    format: str | None = option(None, help="weight format of --random-weights (default: the model's dtype)")
+    format: str | None = option(
+        None, help="weight format of --random-weights (default: the model's dtype); with --against one or more, N,N,..."
+    )
     cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     plot: Path | None = option(None, help="also draw the speeds into this SVG file", metavar="FILE.svg")
     json: bool = option(False, help="print one JSON document")
+    against: tuple[str, ...] | None = option(
+        None, help="measure peers beside it: llama.cpp, openvino, transformers", metavar="PEER,..."
+    )
+    workloads: tuple[str, ...] | None = option(
+        None,
+        help="with --against: prefill-TOKENS, decode-BATCH, depth-TOKENS, ttft-warm, ttft-cold (default: all usual)",
+        metavar="NAME,...",
+    )
+    output: Path | None = option(
+        None, help="with --against: folder for report.json, a plot and Markdown; a run cut short goes on there"
+    )
+    fresh: bool = option(False, help="with --against: measure anew what --output already holds")
+    discard: bool = option(False, help="with --against: remove the peers' copies of the weights afterwards")
 
 
 def run(options: Options) -> None:
@@ -41,6 +61,8 @@ def run(options: Options) -> None:
     from hasten.engine.llm import DEFAULT_CONTEXT
 
     check(options)
+    if options.against:
+        return run_against(options, options.against)
     here = machine.describe()
     model = checkpoint.open(options.model, weights=not options.random_weights)
     context = max(DEFAULT_CONTEXT, options.prompt + options.new)
@@ -92,6 +114,11 @@ def check(options: Options) -> None:
     """What can be said before anything is loaded."""
     from hasten import formats
 
+    for name in ("workloads", "output", "fresh", "discard"):
+        if getattr(options, name) and not options.against:
+            raise InputError(f"--{name} goes with --against", "name the peers: --against llama.cpp,openvino")
+    if options.against:
+        return check_against(options, options.against)
     if options.format and not options.random_weights:
         raise InputError(
             "--format goes with --random-weights: a model's own weights have their formats",
@@ -101,6 +128,86 @@ def check(options: Options) -> None:
         formats.get(options.format)
     if options.plot and not options.plot.absolute().parent.is_dir():
         raise OutputError(f"{options.plot.absolute().parent} is no directory")
+
+
+def check_against(options: Options, names: tuple[str, ...]) -> None:
+    from hasten.bench import contenders, workloads
+
+    contenders.check(names, formats_of(options))
+    for name in options.workloads or ():
+        workloads.parse(name)
+    if options.plot:
+        raise InputError("--plot goes without --against", "--output DIR takes the plot of a bench beside peers")
+    if options.rounds < 1 or options.threads < 0:
+        raise InputError("--rounds must be at least 1 and --threads at least 0")
+    if options.random_weights and not options.format:
+        raise InputError("--random-weights beside peers needs --format", "for example --format int4-g128")
+
+
+def formats_of(options: Options) -> tuple[str, ...]:
+    return tuple(options.format.split(",")) if options.format else ()
+
+
+def run_against(options: Options, names: tuple[str, ...]) -> None:
+    """Prepare every engine, measure all in turn, and show, write or print what was found."""
+    import hasten
+    from hasten import checkpoint
+    from hasten.bench import against, against_chart, against_report, contenders, machine, workloads
+
+    model = checkpoint.open(options.model, weights=not options.random_weights)
+    chosen, left_out = workloads.choose(options.workloads or (), model.graph.context)
+    threads = options.threads or machine.describe().cores
+    cache, random = contenders.cache_directory(), options.random_weights
+    with reporter() as report, tempfile.TemporaryDirectory() as scratch:
+        output = options.output or Path(scratch)
+        field = contenders.gather(
+            model,
+            names,
+            chosen,
+            format_names=formats_of(options),
+            kv_format=options.cache.kv_format,
+            version=hasten.__version__,
+            cache=cache,
+            logs=output / "logs",
+            report=report,
+            random=random,
+            threads=threads,
+        )
+        key = json.dumps(
+            [
+                contenders.folder_for(model, random, cache).name,
+                options.rounds,
+                threads,
+                options.cache.kv_format,
+                sorted(f"{c.name} {c.version}" for c in field.contenders),
+            ]
+        )
+        if options.fresh:
+            (output / against.PARTIAL).unlink(missing_ok=True)
+        results = against.run(
+            field, chosen, rounds=options.rounds, threads=threads, output=output, key=key, report=report
+        )
+        found = against_report.document(
+            field,
+            results,
+            source=options.model,
+            random=random,
+            rounds=options.rounds,
+            threads=threads,
+            left_out=left_out,
+        )
+        if options.output:
+            (output / "report.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (output / "report.md").write_text(against_report.markdown([found]), encoding="utf-8")
+            against_chart.write(found, output / "report.svg")
+    if options.discard:
+        contenders.discard(model, random, cache)
+    else:
+        print(
+            f"the peers' inputs stay in {contenders.folder_for(model, random, cache)} (--discard removes them)",
+            file=sys.stderr,
+        )
+    print(json.dumps(found, indent=1) if options.json else against_report.table(found))
 
 
 def machine_facts(here: Any, runs: list[Run]) -> dict[str, Any]:

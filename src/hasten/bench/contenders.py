@@ -1,0 +1,267 @@
+"""The same weights for every engine: made or read once, written as each one's input, kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hasten import checkpoint, formats
+from hasten.bench import peers
+from hasten.bench.peers.common import Environment, Job, PeerError, Prepared, Report, Runner, Variant, Workload, install
+from hasten.bench.work import Work, count
+from hasten.checkpoint.plain import random_tensors, write_plain
+from hasten.engine import memory
+from hasten.errors import OutputError
+
+SEED = 0
+
+
+@dataclass
+class Contender:
+    """An engine with the weights in one form. Its process is started when it is first asked for."""
+
+    name: str
+    peer: str
+    """The peer's name, or "hasten"."""
+    variant: Variant
+    prepared: Prepared
+    version: str
+    start: Callable[[], Runner]
+    choices: Callable[[Workload], list[dict[str, Any]]]
+    load: dict[str, Any] = field(default_factory=dict)
+    warm: bool = False
+    """It has run something, so the next measurement does not begin cold."""
+    _runner: Runner | None = None
+
+    @property
+    def runner(self) -> Runner:
+        """The process that stays, with the model loaded. Raises PeerError."""
+        if self._runner is None:
+            runner = self.start()
+            try:
+                runner.call("load", **self.load)
+            except PeerError:
+                runner.close()
+                raise
+            self._runner = runner
+        return self._runner
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+        self._runner, self.warm = None, False
+
+
+@dataclass(frozen=True)
+class Field:
+    """All that take part, and those that could not: {"peer", "reason"} each."""
+
+    contenders: list[Contender]
+    missing: list[dict[str, str]]
+    works: dict[int, Work]
+    """For each class of bits, the work of hasten's graph in it."""
+
+
+def cache_directory() -> Path:
+    """Where peers' environments and their inputs are kept: $XDG_CACHE_HOME/hasten, or ~/.cache/hasten."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "hasten"
+
+
+def bits_class(bits_per_weight: float) -> int:
+    """Which of the peers' sizes (4, 8 or 16 bits) a model is compared with: the nearest one that is not smaller."""
+    return next((bits for bits in (4, 8) if bits_per_weight <= bits * 1.25), 16)
+
+
+def folder_for(model: checkpoint.Model, random: bool, cache: Path) -> Path:
+    """Where the inputs of these weights lie: named by their config and, if they are not random, by their files."""
+    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    if random:
+        digest.update(f"random {SEED}".encode())
+    else:
+        for file in sorted(model.path.glob("*.safetensors")):
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    name = Path(model.source).name or "model"
+    return cache / "inputs" / f"{name}-{'random-' if random else ''}{digest.hexdigest()[:12]}"
+
+
+def gather(
+    model: checkpoint.Model,
+    names: Sequence[str],
+    workloads: Sequence[Workload],
+    *,
+    random: bool,
+    format_names: Sequence[str],
+    kv_format: str,
+    version: str,
+    threads: int,
+    cache: Path,
+    logs: Path,
+    report: Report,
+) -> Field:
+    """Prepare everyone. `model` was opened without weights if `random`; `kv_format` and `version` are hasten's.
+
+    Raises what writing and packing raises.
+    """
+    folder = folder_for(model, random, cache)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{error.filename} cannot be made: {error.strerror}") from None
+    shared = _checkpoint(model, random, folder, report)
+    load = {
+        "threads": threads,
+        "context": max(w.length for w in workloads),
+        "tokens": max(w.batch * (w.length + 64) for w in workloads),
+        "batch": max(w.batch for w in workloads),
+    }
+    start = model if not format_names and not random else shared
+    ours = _hasten(start, format_names, folder, {**load, "kv_format": kv_format}, version, logs, report)
+    works = {c.variant.bits: _work(c) for c in ours}
+    contenders, missing = list(ours), []
+    for name in names:
+        job_folder = folder / name
+        job_folder.mkdir(exist_ok=True)
+        home = Environment(cache / "peers" / name.replace(".", "_"), report)
+        job = Job(shared, shared.path, job_folder, home, threads, report)
+        found, lacking = _peer(name, job, sorted(works), load, logs)
+        contenders += found
+        missing += lacking
+    return Field(contenders, missing, works)
+
+
+def _checkpoint(model: checkpoint.Model, random: bool, folder: Path, report: Report) -> checkpoint.Model:
+    """The weights as a Hugging Face directory: the model's own where it is one."""
+    if model.kind == "huggingface":
+        return model
+    path = folder / "checkpoint"
+    if not path.exists():
+        report("writing the shared weights", 0, 1)
+        write_plain(path, model, random_tensors(model, SEED) if random else lambda spec: model.tensor(spec.name))
+        report("writing the shared weights", 1, 1)
+    return checkpoint.open(str(path))
+
+
+def _hasten(
+    model: checkpoint.Model,
+    names: Sequence[str],
+    folder: Path,
+    load: dict[str, Any],
+    version: str,
+    logs: Path,
+    report: Report,
+) -> list[Contender]:
+    made = []
+    for name in names or ("",):
+        path = _packed(model, name, folder, report) if name else model.path
+        opened = checkpoint.open(str(path))
+        shown = name or "/".join(sorted(set(opened.formats.values())))
+        work = _count(opened, load["kv_format"])
+        variant = Variant(shown, bits_class(work.bits_per_weight))
+        prepared = Prepared({"path": str(path)}, work.step_bytes, opened.bytes_on_disk, work.kv_bytes)
+        made.append(
+            _contender("hasten", variant, prepared, version, sys.executable, {}, load, logs, _no_choice, report)
+        )
+    return made
+
+
+def _packed(model: checkpoint.Model, name: str, folder: Path, report: Report) -> Path:
+    """An artifact of every matrix in one format, each value rounded to the nearest."""
+    path, format = folder / f"hasten-{name}", formats.get(name)
+    if path.exists():
+        return path
+    weights: dict[str, Any] = {}
+    for done, spec in enumerate(model.graph.weights.values()):
+        report(f"packing {name}", done, len(model.graph.weights))
+        values = model.tensor(spec.name)
+        weights[spec.name] = format.pack(values) if spec.is_matrix else values
+    report(f"packing {name}", len(weights), len(weights))
+    return checkpoint.write_artifact(path, model, weights, {}, {})
+
+
+def _work(contender: Contender) -> Work:
+    return _count(checkpoint.open(contender.prepared.settings["path"]), contender.load["kv_format"])
+
+
+def _count(model: checkpoint.Model, kv_format: str) -> Work:
+    return count(model.graph, model.weights(), memory.kv_format(model.formats.values(), kv_format))
+
+
+def _peer(
+    name: str, job: Job, bits: Sequence[int], load: dict[str, Any], logs: Path
+) -> tuple[list[Contender], list[dict[str, str]]]:
+    peer = peers.get(name)
+    try:
+        version = str(install(peer, job.home)["version"])
+    except PeerError as error:
+        return [], [{"peer": name, "reason": f"not installed: {error}"}]
+    variants = {v.name: v for b in bits for v in peer.variants(b)}
+    made, missing = [], []
+    for variant in variants.values():
+        try:
+            prepared = peer.prepare(job, variant)
+        except PeerError as error:
+            missing.append({"peer": f"{name} {variant.name}", "reason": f"not prepared: {error}"})
+            continue
+        environment, python = peer.environment(job.home), job.home.python
+        choices = _choices(peer, variant)
+        made.append(_contender(name, variant, prepared, version, python, environment, load, logs, choices, job.report))
+    return made, missing
+
+
+def _choices(peer: Any, variant: Variant) -> Callable[[Workload], list[dict[str, Any]]]:
+    def choices(workload: Workload) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = peer.choices(workload, variant)
+        return found
+
+    return choices
+
+
+def _no_choice(workload: Workload) -> list[dict[str, Any]]:
+    return [{}]
+
+
+def _contender(
+    peer: str,
+    variant: Variant,
+    prepared: Prepared,
+    version: str,
+    python: Any,
+    environment: dict[str, str],
+    load: dict[str, Any],
+    logs: Path,
+    choices: Callable[[Workload], list[dict[str, Any]]],
+    report: Report,
+) -> Contender:
+    name, script = f"{peer} {variant.name}", f"run_{peer.replace('.', '_')}.py"
+    if peer == "hasten":  # it must find this package, installed or not
+        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+    def start() -> Runner:
+        return Runner(
+            python, script, logs / f"{name.replace(' ', '-').replace('/', '-')}.log", environment, report, name
+        )
+
+    return Contender(name, peer, variant, prepared, version, start, choices, {**load, **prepared.settings})
+
+
+def discard(model: checkpoint.Model, random: bool, cache: Path) -> None:
+    """Remove what `gather` wrote for these weights."""
+    shutil.rmtree(folder_for(model, random, cache), ignore_errors=True)
+
+
+def check(names: Sequence[str], format_names: Sequence[str]) -> None:
+    """Raise InputError or FormatError for a peer or a format that is none, before anything is loaded."""
+    for name in names:
+        peers.get(name)
+    for name in format_names:
+        formats.get(name)
