@@ -4,12 +4,12 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "binding_tuning.h"
 #include "binding_weight.h"
 #include "isa/dispatch.h"
 #include "plan/cpus.h"
@@ -365,27 +365,6 @@ void bind_building(nb::class_<Planned>& c) {
       .def("attention", &Planned::attention, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "layer"_a, "window"_a,
            "softcap"_a, "causal"_a, "q_norm"_a.none(), "k_norm"_a.none(), "rope"_a.none(), "q"_a, "k"_a, "v"_a, "out"_a)
       .def("finish", &Planned::finish, "arena_floats"_a, "output"_a);
-}
-
-using FoundBlocking = std::tuple<std::string, int, int64_t, int64_t, int64_t>;
-
-std::vector<FoundBlocking> found_blockings(Planned& p) {
-  std::vector<FoundBlocking> all;
-  for (const auto& [signature, regime, b] : p.program.tuning().found())
-    all.emplace_back(signature, regime, b.chunks_per_thread, b.tokens, b.tile_bytes);
-  return all;
-}
-
-void bind_tuning(nb::class_<Planned>& c) {
-  c.def("tune", [](Planned& p, bool on) { p.program.tuning().measure(on); }, "on"_a, "Measure how work is best cut, in passing")
-      .def_prop_ro("tuned", [](Planned& p) { return p.program.tuning().found_count(); }, "Choices made so far")
-      .def("blockings", &found_blockings, "(signature, regime, chunks per thread, tokens, tile bytes) of each choice")
-      .def("remember",
-           [](Planned& p, const FoundBlocking& f) {
-             const auto& [signature, regime, chunks, tokens, tile] = f;
-             p.program.tuning().remember({signature, regime, {chunks, tokens, tile}});
-           },
-           "found"_a);
 }
 
 void bind_running(nb::class_<Planned>& c) {

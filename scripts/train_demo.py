@@ -427,7 +427,7 @@ A Llama-style language model of Python source with {parameters / 1e6:.1f} millio
 - **Held out**: {len(facts["held_out"])} standard-library modules (`splits.json`), {facts["held_tokens"]} tokens.
   Perplexity on them is {perplexity:.2f} a token ({bytes_each:.2f} bytes), {math.log2(perplexity) / bytes_each:.3f} bits
   a byte, in windows of {CONTEXT} tokens, float32.
-- **It is** a small model that has seen {(facts["tokens"] + earlier) / parameters:.1f} tokens a parameter: it writes what
+- **It is** a small model that has seen {tokens * 1e6 / parameters:.1f} tokens a parameter: it writes what
   passes for Python at a glance (imports, signatures, docstrings, checks that raise, indentation), repeats itself, makes
   mistakes of syntax, and seldom means anything. It is no assistant: its chat template only puts what you say into a
   comment.
