@@ -18,7 +18,7 @@ LIMITS = machine.Limits(memory_read_gbs=10.0, int8_gmacs=100.0, bf16_gmacs=50.0,
 class Recorder:
     """Stands in for a compiled program: writes down every step and draws tokens that name their row."""
 
-    def __init__(self, graph: Any, weights: Any, limits: Any) -> None:
+    def __init__(self, graph: Any, weights: Any, limits: Any, tune: bool) -> None:
         self.limits, self.steps, self.drawn = limits, [], 0
 
     def step(self, batch: Any) -> Any:
