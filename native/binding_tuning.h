@@ -23,6 +23,7 @@ void bind_tuning(nanobind::class_<Planned>& c) {
   using namespace nanobind::literals;
   c.def("tune", [](Planned& p, bool on) { p.program.tuning().measure(on); }, "on"_a, "Measure how work is best cut, in passing")
       .def_prop_ro("tuned", [](Planned& p) { return p.program.tuning().found_count(); }, "Choices made so far")
+      .def_prop_ro("tuning", [](Planned& p) { return p.program.tuning().open(); }, "Whether a choice is being made")
       .def("blockings", [](Planned& p) { return found_blockings(p.program.tuning()); }, "(signature, regime, chunks per thread, tokens, tile bytes) of each choice")
       .def("remember",
            [](Planned& p, const FoundBlocking& f) {

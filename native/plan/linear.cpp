@@ -234,17 +234,18 @@ void LinearStep::run(const Worker& w) const {
   }
   const bool timed = w.team.thread() == 0 && w.run.tuning.wants(place_, tokens);
   const auto begun = timed ? std::chrono::steady_clock::now() : std::chrono::steady_clock::time_point{};
+  bool worked = false;
   const Cut c = cut(tokens, w.team.threads(), w.run.tuning.blocking(place_, member_, tokens));
   w.team.for_each(c.panel_chunks * c.token_chunks, [&](int64_t i) {
     for (int64_t token = 0; !ready && token < tokens; ++token) prepare_token(w.run, token, p, normed);
-    ready = true;
+    ready = worked = true;
     const Chunk piece = chunk(c, i, tokens);
     if (gate_)
       run_gate(w, p, piece);
     else
       run_plain(w, p, piece);
   });
-  if (timed)
+  if (timed && worked)  // a thread that comes late finds all done, in no time
     w.run.tuning.note(place_, member_, tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
 }
 

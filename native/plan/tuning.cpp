@@ -57,6 +57,10 @@ bool Tuning::wants(int place, int64_t tokens) const {
 void Tuning::note(int place, int64_t member, int64_t tokens, double seconds) {
   const int now = regime(tokens);
   Choice& choice = places_[place].choices[now];
+  if (tokens < choice.tokens) return;                                 // a short step says little about long ones
+  if (tokens > choice.tokens)
+    for (auto& seconds : choice.seconds) seconds.clear();
+  choice.tokens = tokens;
   choice.seconds[static_cast<size_t>(trial(choice, member, now))].push_back(seconds / static_cast<double>(tokens));
 }
 
@@ -78,6 +82,13 @@ void Tuning::settle() {
       choice.chosen = *best < kClearly * quick[0] ? static_cast<int>(best - quick.begin()) : 0;
       ++found_;
     }
+}
+
+bool Tuning::open() const {
+  for (const Place& place : places_)
+    for (const Choice& choice : place.choices)
+      if (choice.chosen < 0 && choice.tokens > 0) return true;
+  return false;
 }
 
 std::vector<Tuning::Found> Tuning::found() const {

@@ -40,12 +40,14 @@ class Tuning {
     Blocking blocking;
   };
   int64_t found_count() const { return found_; }                      // since the program was made
+  bool open() const;                                                  // a choice that steps have begun to make
   std::vector<Found> found() const;
   void remember(const Found& known);
 
  private:
   struct Choice {
     int chosen = -1;                                                  // none yet
+    int64_t tokens = 0;                                               // of the steps compared: the most that were met
     std::vector<std::vector<double>> seconds;                         // of each candidate, for a token
   };
   struct Place {

@@ -60,6 +60,7 @@ def test_steps_choose_and_the_next_process_remembers(cache: Path) -> None:
     chosen = made._native.blockings()
     assert chosen
     assert {regime for _, regime, *_ in chosen} == {0}
+    del made
     assert program()._native.blockings() == chosen
     assert program(tune=False)._native.blockings() == []
     for _ in range(60):  # a program that was not asked to never measures
@@ -96,6 +97,8 @@ def test_no_way_of_cutting_changes_a_bit(cache: Path, tokens: int) -> None:
         "[[1, 2]]",
         '[["x", 0, -1, 2, 3]]',
         '[["x", 99, 6, 128, 131072]]',
+        '[["x", 1099511627775, 6, 128, 131072]]',
+        '[["\\ud800", 0, 6, 128, 131072]]',
         '[["x", 0, 1e9, 1, 1]]',
         pytest.param("[" * 100_000, id="deep"),
     ],
@@ -103,12 +106,14 @@ def test_no_way_of_cutting_changes_a_bit(cache: Path, tokens: int) -> None:
 def test_a_strange_file_is_no_file(cache: Path, text: str) -> None:
     made = program()
     path = blocking.file(made.isa, made.threads)
+    assert path
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     fresh = program()
     assert fresh._native.blockings() == []
     for _ in range(60):
         run(fresh, 1)
+    del fresh
     assert json.loads(path.read_text())
 
 

@@ -88,6 +88,10 @@ class Clockwork:
         self.calls += 1
         return self.seconds[self.calls - 1]
 
+    def warm_up(self, batch: int) -> None:
+        self.prefill(batch)
+        self.decode(batch)
+
 
 @pytest.fixture
 def fixed_limits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,15 @@
-"""The processor's name."""
+"""What this process runs on and with: the processor, the native build, the user's cache folder, the instruction set."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 import platform
 from pathlib import Path
+
+from hasten import _native
+from hasten.errors import BackendError
 
 
 def cpu_name(root: Path = Path("/")) -> str:
@@ -16,3 +22,27 @@ def cpu_name(root: Path = Path("/")) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+@functools.cache
+def native_build() -> str:
+    """A hash of the native module."""
+    with Path(_native.__file__).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def cache_folder() -> Path | None:
+    """hasten's folder in the user's cache; None where the user has no home."""
+    try:
+        return (Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "hasten").expanduser()
+    except RuntimeError:
+        return None
+
+
+def active_isa() -> str:
+    """The instruction set in use. Raises BackendError where HASTEN_ISA asks for what this processor does not have."""
+    try:
+        return str(_native.active_isa())
+    except ValueError as error:
+        available = ", ".join(_native.available_isas())
+        raise BackendError(str(error), f"this processor runs: {available}; unset HASTEN_ISA for the best") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,10 @@ class NativeProgram:
         self._steps = 0
         self.threads: int = self._native.threads
         self.isa: str = self._native.isa
-        self._tuned = 0
         if tune:
             blocking.recall(self._native)
             self._native.tune(True)
+            weakref.finalize(self, blocking.keep, self._native)  # when it goes, or the process ends
 
     def step(self, batch: Batch) -> NativeOutputs:
         """Run `batch`. Raises ContextError for a position past the context and InputError for every other bad batch."""
@@ -94,9 +95,6 @@ class NativeProgram:
         except TypeError:
             raise InputError(_misfit(batch, _BATCH)) from None
         self._steps += 1
-        if self._native.tuned != self._tuned:
-            self._tuned = self._native.tuned
-            blocking.keep(self._native)
         return NativeOutputs(self, self._steps)
 
     def record(self, runs: int) -> None:
@@ -121,6 +119,14 @@ class NativeProgram:
         flat = flat.reshape(runs, self.threads, length)
         waits = flat[..., marks : marks + 2 * pairs].reshape(runs, self.threads, pairs, 2)
         return Recording(flat[..., :marks], waits)
+
+    def settle(self, run: Callable[[], object], most: int = 40) -> None:
+        """Call `run`, which steps, until how its work is cut is chosen: once where that is known or not asked for."""
+        run()
+        for _ in range(most - 1):
+            if not self._native.tuning:
+                return
+            run()
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights, KV cache and buffers, as allocated; pages of the latter two count once they are used."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten import checkpoint, formats
+from hasten.backends.host import cache_folder
 from hasten.bench import peers
 from hasten.bench.peers.common import Environment, Job, PeerError, Prepared, Report, Runner, Variant, Workload, install
 from hasten.bench.work import Work, count
@@ -70,8 +71,13 @@ class Field:
 
 
 def cache_directory() -> Path:
-    """Where peers' environments and their inputs are kept: $XDG_CACHE_HOME/hasten, or ~/.cache/hasten."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "hasten"
+    """Where peers' environments and their inputs are kept: $XDG_CACHE_HOME/hasten, or ~/.cache/hasten.
+
+    Raises OutputError for a user without a home.
+    """
+    if folder := cache_folder():
+        return folder
+    raise OutputError("there is no cache folder to keep peers in: this user has no home", "set XDG_CACHE_HOME")
 
 
 def bits_class(bits_per_weight: float) -> int:

@@ -40,6 +40,7 @@ class Subject(Protocol):
 
     def prefill(self, batch: int) -> float: ...  # seconds from empty caches to `batch` first tokens
     def decode(self, batch: int) -> float: ...  # seconds for `new` steps of `batch` sequences, just prefilled
+    def warm_up(self, batch: int) -> None: ...  # what must be done before times of `batch` sequences mean anything
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,11 @@ class Loaded:
             tokens = self.program.step(step).sample(sampling).tokens
         return time.perf_counter() - started
 
+    def warm_up(self, batch: int) -> None:
+        """Touch every page that `batch` sequences need, wake the machine, find out how work is best cut."""
+        self.program.settle(lambda: self.prefill(batch))
+        self.program.settle(lambda: self.decode(batch))
+
     def _chunks(self, batch: int) -> list[tuple[Batch, int, list[int]]]:
         """The prompts of `batch` sequences one after the other, cut into steps: (step, its wanted rows, whose)."""
         flat = np.arange(batch * self.prompt, dtype=np.int32)
@@ -260,7 +266,8 @@ def time_in_turn(
         raise InputError(f"rounds is {rounds}, must be at least 1")
     report = progress or (lambda stage, done, total: None)
     for subject in subjects:
-        warm_up(subject, max(batch))
+        for size in sorted(batch, reverse=True):
+            subject.warm_up(size)
     found = []
     for size in batch:
         limits = machine.limits(threads=threads)
@@ -279,12 +286,6 @@ def time_in_turn(
         runs = [summarise(s, size, taken, limits) for s, taken in zip(subjects, times, strict=True)]
         found.append((runs, times))
     return found
-
-
-def warm_up(subject: Subject, batch: int) -> None:
-    """Touch every page that `batch` sequences need and wake the machine. Measured time does not begin cold."""
-    subject.prefill(batch)
-    subject.decode(batch)
 
 
 def one_round(subject: Subject, batch: int) -> Times:

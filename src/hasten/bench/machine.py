@@ -6,9 +6,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from hasten.backends.host import cpu_name
+from hasten.backends.host import active_isa, cpu_name
 from hasten.engine.memory import ROOT, kilobytes, memory
-from hasten.errors import BackendError
 
 GiB = 1 << 30
 MAX_READ_BYTES = GiB  # more than this tells nothing new about memory
@@ -54,15 +53,10 @@ def describe() -> Machine:
     """This machine as this process may use it. Raises BackendError where HASTEN_ISA asks for what it does not have."""
     from hasten import _native
 
-    try:
-        instruction_set = _native.active_isa()
-    except ValueError as error:
-        available = ", ".join(_native.available_isas())
-        raise BackendError(str(error), f"this processor runs: {available}; unset HASTEN_ISA for the best") from None
     return Machine(
         cpu=cpu_name(),
         cores=_native.granted_threads(),
-        instruction_set=instruction_set,
+        instruction_set=active_isa(),
         instruction_sets=tuple(_native.available_isas()),
         memory_total=memory()[0],
         memory_available=memory()[1],

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hasten import _native
 from hasten.backends.batch import Batch, Sampled, SamplingBatch
 from hasten.backends.native import NativeOutputs, NativeProgram, Recording
-from hasten.bench import latency, machine
+from hasten.bench import machine
 from hasten.bench.latency import Loaded, Progress
 from hasten.bench.regions import FLOAT, Counter, Need, Region, Span, describe
 from hasten.engine.llm import STEP_TOKENS
@@ -116,7 +116,7 @@ def profile(
         raise InputError(f"rounds is {rounds}, must be at least 1")
     report = progress or (lambda stage, done, total: None)
     program = subject.program
-    latency.warm_up(subject, batch)
+    subject.warm_up(batch)
     limits = machine.limits(threads=threads)
     prefills, decodings = [], []
     for done in range(rounds):

@@ -80,7 +80,7 @@ def run(options: Options) -> None:
         else:
             weights = model.weights(report)
         subject = latency.load(model.graph, weights, options.batch, kv_format=kv_format, **sizes)
-        latency.warm_up(subject, max(options.batch))
+        subject.warm_up(max(options.batch))
         peak = machine.peak_resident()  # before the limits are measured: their buffer is not the model's
         timed = latency.time_in_turn(
             [subject], options.batch, threads=options.threads, rounds=options.rounds, progress=report

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hasten import _native, formats
 from hasten.backends.batch import Limits
+from hasten.backends.host import active_isa
 from hasten.graph.graph import Graph, Node
 from hasten.graph.ops import Attention, FusedAttention, FusedLinear, Linear, Rope
 
@@ -55,6 +56,7 @@ def _linear(
     token += padded + 8 * -(-width // min(groups)) if groups else 0
     most = limits.max_rows if node.inputs[0] in fused.row_values() else limits.max_tokens
     alone = min(max(1, ALONE // width), most)
+    active_isa()  # says how to mend a wrong HASTEN_ISA
     shapes = [fused.weights[name].shape for name in names]
     kernels = [_native.kernel_scratch(f.kind, *s, f.group, most) for f, s in zip(chosen, shapes, strict=True)]
     gate = _gate_tile(shapes[0][0], most, threads) if isinstance(op, FusedLinear) and op.gate else 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from hasten import formats
 from hasten.backends import feed, native
-from hasten.backends.batch import Batch, Limits, Program
+from hasten.backends.batch import Batch, Limits
 from hasten.bench import machine
 from hasten.compress.recipe import Choice
 from hasten.formats import Weight
@@ -94,7 +94,7 @@ def seconds(site: Site, cold_bytes: int, threads: int = 0) -> float:
     return slope if slope > 0 else times[copies] / copies
 
 
-def _program(site: Site, copies: int, threads: int) -> Program:
+def _program(site: Site, copies: int, threads: int) -> native.NativeProgram:
     rows, columns = site.shape
     builder = GraphBuilder(context=max(site.tokens, 32), vocabulary=rows, hidden=columns)
     names = [builder.weight(f"w{i}", rows, columns) for i in range(copies)]
@@ -106,7 +106,7 @@ def _program(site: Site, copies: int, threads: int) -> Program:
     one = format.random(rows, columns, 0)
     weights = {name: Weight(format, one.shape, {k: a.copy() for k, a in one.arrays.items()}) for name in names}
     limits: Limits = feed.window_limits(max(site.tokens, 32), max(site.tokens, 1), threads=threads)
-    return native.compile(graph, weights, limits)
+    return native.compile(graph, weights, limits, tune=True)
 
 
 def _batch(site: Site) -> Batch:
@@ -117,9 +117,9 @@ def _batch(site: Site) -> Batch:
     return batch
 
 
-def _time(program: Program, batch: Batch) -> float:
+def _time(program: native.NativeProgram, batch: Batch) -> float:
     """The median of the faster half of steps: what disturbs a step only ever adds to it."""
-    program.step(batch)
+    program.settle(lambda: program.step(batch))
     times: list[float] = []
     stop = time.perf_counter() + SECONDS
     while len(times) < 5 or (time.perf_counter() < stop and len(times) < 500):

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hasten import _native, checkpoint
+from hasten import checkpoint
+from hasten.backends.host import native_build
 from hasten.bench import machine
 from hasten.bench.machine import Machine
 from hasten.checkpoint import Model
@@ -147,12 +148,6 @@ def checked(output: Path) -> Path:
 def calibration_tokens(graph: Graph) -> int:
     parameters = graph.parameters()
     return 16384 if parameters < 5e7 else 8192 if parameters < 5e8 else 4096
-
-
-def native_build() -> str:
-    """A hash of the native module."""
-    with Path(_native.__file__).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def check_room(model: Model, chosen: Texts, output: Path, here: Machine) -> int:

@@ -39,7 +39,7 @@ class Hasten(protocol.Engine):
             threads=threads,
         )
         memory.require(memory.predict(model.graph, 0, limits), memory.memory()[1])
-        self.program = native.compile(model.graph, model.weights(), limits)
+        self.program = native.compile(model.graph, model.weights(), limits, tune=True)
         return {"seconds": time.perf_counter() - started, "version": f"hasten, {self.program.isa}"}
 
     def step(self, tokens: Any, positions: Any, starts: list[int], tables: Any, rows: list[int]) -> Any:
