@@ -121,6 +121,7 @@ def test_beside_peers_that_cannot_be_installed(
         (["--against", "openvino", "--format", "int9"], "unknown weight format 'int9'"),
         (["--against", "openvino", "--random-weights"], "needs --format"),
         (["--against", "openvino", "--plot", "a.svg"], "--plot goes without --against"),
+        (["--against", "openvino", "--batch", "2"], "--batch goes without --against"),
         (["--against", "openvino", "--rounds", "0"], "--rounds must be at least 1"),
         (
             ["--against", "openvino", "--random-weights", "--format", "int4-g32", "--workloads", "prefill-512"],
@@ -138,7 +139,8 @@ def test_beside_peers_that_cannot_be_installed(
 def test_wrong_use_is_one_clear_error(
     shape: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", shape, "--new", "2", "--prompt", "4", *arguments]) == 2
+    small = [] if "--against" in arguments else ["--new", "2", "--prompt", "4"]
+    assert main(["bench", shape, *small, *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert words in shown.err

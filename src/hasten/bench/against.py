@@ -206,7 +206,9 @@ def _read_partial(output: Path, key: str) -> dict[str, dict[str, Any]]:
         found = json.loads((output / PARTIAL).read_text())
     except (OSError, ValueError):
         return {}
-    return dict(found["workloads"]) if found.get("key") == key else {}
+    if not isinstance(found, dict) or found.get("key") != key or not isinstance(found.get("workloads"), dict):
+        return {}
+    return dict(found["workloads"])
 
 
 def _write_partial(output: Path, key: str, done: dict[str, dict[str, Any]]) -> None:

@@ -93,6 +93,17 @@ def plain_name(name: object, suffix: str, where: str) -> str:
     return name
 
 
+def writable(path: Path) -> None:
+    """Raises OutputError where a file could not be put at `path`: said before hours of work, not after."""
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is no directory")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} exists and is not a file", "choose another output")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path.parent} cannot be written to", "choose another output")
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Put `data` at `path`, in place of any file there: all of it or, with an OutputError, nothing."""
     path = Path(os.path.realpath(path))

@@ -40,7 +40,10 @@ class Options:
     plot: Path | None = option(None, help="also draw the speeds into this SVG file", metavar="FILE.svg")
     json: bool = option(False, help="print one JSON document")
     against: tuple[str, ...] | None = option(
-        None, help="measure peers beside it: llama.cpp, openvino, transformers", metavar="PEER,..."
+        None,
+        help="measure peers beside it: llama.cpp, openvino, transformers; each is installed from the package index "
+        "into the cache folder's hasten/peers on first use, and kept",
+        metavar="PEER,...",
     )
     workloads: tuple[str, ...] | None = option(
         None,
@@ -102,12 +105,12 @@ def run(options: Options) -> None:
         "memory": {**subject.program.memory(), "peak_resident": peak},
         "runs": [asdict(r) for r in runs],
     }
-    if options.plot:
-        write_plot(options.plot, options, runs)
     if options.json:
         print(json.dumps(document, indent=1))
     else:
         show(document, runs)
+    if options.plot:
+        write_plot(options.plot, options, runs)
 
 
 def check(options: Options) -> None:
@@ -126,8 +129,10 @@ def check(options: Options) -> None:
         )
     if options.format:
         formats.get(options.format)
-    if options.plot and not options.plot.absolute().parent.is_dir():
-        raise OutputError(f"{options.plot.absolute().parent} is no directory")
+    if options.plot:
+        from hasten.checkpoint.files import writable
+
+        writable(options.plot)
 
 
 def check_against(options: Options, names: tuple[str, ...]) -> None:
@@ -136,6 +141,12 @@ def check_against(options: Options, names: tuple[str, ...]) -> None:
     contenders.check(names, formats_of(options))
     for name in options.workloads or ():
         workloads.parse(name)
+    usual = Options(options.model)
+    for name in ("prompt", "new", "batch"):
+        if getattr(options, name) != getattr(usual, name):
+            raise InputError(
+                f"--{name} goes without --against", "--workloads prefill-512,decode-4 says what is measured"
+            )
     if options.plot:
         raise InputError("--plot goes without --against", "--output DIR takes the plot of a bench beside peers")
     if options.rounds < 1 or options.threads < 0:
@@ -145,18 +156,20 @@ def check_against(options: Options, names: tuple[str, ...]) -> None:
 
 
 def formats_of(options: Options) -> tuple[str, ...]:
-    return tuple(options.format.split(",")) if options.format else ()
+    return tuple(name.strip() for name in options.format.split(",")) if options.format else ()
 
 
 def run_against(options: Options, names: tuple[str, ...]) -> None:
     """Prepare every engine, measure all in turn, and show, write or print what was found."""
     import hasten
     from hasten import checkpoint
+    from hasten.backends.host import native_build
     from hasten.bench import against, against_chart, against_report, contenders, machine, workloads
 
     model = checkpoint.open(options.model, weights=not options.random_weights)
     chosen, left_out = workloads.choose(options.workloads or (), model.graph.context)
-    threads = options.threads or machine.describe().cores
+    here = machine.describe()
+    threads = options.threads or here.cores
     cache, random = contenders.cache_directory(), options.random_weights
     with reporter() as report, tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch)
@@ -179,6 +192,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
                 options.rounds,
                 threads,
                 options.cache.kv_format,
+                [here.cpu, here.instruction_set, native_build()],
                 sorted(f"{c.name} {c.version}" for c in field.contenders),
             ]
         )

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.cli.options import argument, option
+from hasten.cli.cache import Cache
+from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
-from hasten.errors import OutputError
 
 if TYPE_CHECKING:
     from hasten.bench.profile import Phase, Row
@@ -28,6 +28,7 @@ class Options:
     rounds: int = option(5, help="prefills, each with its decoding; figures are means of the quicker half")
     random_weights: bool = option(False, help="random weights: a directory with only a config.json is enough")
     format: str | None = option(None, help="weight format of --random-weights (default: the model's dtype)")
+    cache: Cache = group(Cache)
     threads: int = option(0, help="0: one a core")
     each: bool = option(False, help="a line for each region of each block, not one for each kind")
     trace: Path | None = option(
@@ -46,7 +47,8 @@ def run(options: Options) -> None:
     here = machine.describe()
     sizes = {name: getattr(options, name) for name in ("prompt", "new", "batch", "threads", "random_weights", "format")}
     with reporter() as report:
-        subject, weights = loading.load(options.model, progress=report, **sizes)
+        kv_format = options.cache.kv_format
+        subject, weights = loading.load(options.model, progress=report, kv_format=kv_format, **sizes)
         found = profile(
             subject, weights, options.batch, rounds=options.rounds, threads=options.threads, progress=report
         )
@@ -82,8 +84,10 @@ def check(options: Options) -> None:
     check_format(options.format, options.random_weights)
     if options.rounds < 1:
         raise InputError(f"rounds is {options.rounds}, must be at least 1")
-    if options.trace and not options.trace.absolute().parent.is_dir():
-        raise OutputError(f"{options.trace.absolute().parent} is no directory")
+    if options.trace:
+        from hasten.checkpoint.files import writable
+
+        writable(options.trace)
 
 
 def facts(phase: Phase, each: bool) -> dict[str, Any]:

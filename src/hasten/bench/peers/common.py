@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -87,8 +88,8 @@ class Environment:
         return self.path / "installed.json"
 
     def venv(self) -> None:
-        if not self.python.exists():
-            self.run([sys.executable, "-m", "venv", str(self.path / "venv")], "making an environment")
+        if not self.version_of("pip"):  # none yet, or one that was cut short
+            self.run([sys.executable, "-m", "venv", "--clear", str(self.path / "venv")], "making an environment")
 
     def pip(self, *arguments: str, **environment: str) -> None:
         """pip with its own configuration (PIP_CONSTRAINT, PIP_EXTRA_INDEX_URL ...) and these variables."""
@@ -125,6 +126,8 @@ class Environment:
     def version_of(self, package: str) -> str:
         """The installed version of a package; "" where it is not."""
         code = f"from importlib.metadata import version; print(version({package!r}))"
+        if not self.python.exists():
+            return ""
         done = subprocess.run([self.python, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
         return done.stdout.strip()
 
@@ -138,14 +141,17 @@ def last_words(text: str) -> str:
 
 def install(peer: Any, home: Environment) -> dict[str, Any]:
     """The peer's environment, made where it is not there: {"version": ...}. Raises PeerError."""
-    if home.ready.exists():
-        found: dict[str, Any] = json.loads(home.ready.read_text())
-        return found
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(home.ready.read_text())
+        if isinstance(found, dict) and "version" in found:
+            return found
     try:
         home.path.mkdir(parents=True, exist_ok=True)
         peer.install(home)
         facts = {"version": peer.version(home)}
-        home.ready.write_text(json.dumps(facts) + "\n")
+        staging = home.ready.with_suffix(".part")
+        staging.write_text(json.dumps(facts) + "\n")
+        os.replace(staging, home.ready)
     except OSError as error:
         raise PeerError(f"{home.path} cannot be written: {error.strerror or error}") from None
     return facts
