@@ -3,6 +3,8 @@
 // A block is 32 columns of a panel. Few tokens read it as it is stored; many unpack a stretch of a panel once, into bytes
 // or 16-bit words in the first-level cache, and reuse it for every tile of tokens.
 #pragma once
+#include <type_traits>
+
 #include "isa/matmul_avx2_sources.h"
 
 namespace hasten {
@@ -62,7 +64,10 @@ void multiply_few(const Weight& w, const Quantised& x, const Packed& packed, int
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + panel * (w.padded() / kUnit) * Source::kBlock;
     const Stretch all{w, panel, 0, x.groups, x.groups, x.group};
-    kMultiplyTile<Source>[tokens - 1](all, codes, packed.tile(0, tokens), nullptr, out, out_stride);
+    for (int64_t token = 0; token < tokens; token += kTokens) {        // a second tile finds the codes in the first-level cache
+      const int64_t count = smaller(kTokens, tokens - token);
+      kMultiplyTile<Source>[count - 1](all, codes, packed.tile(token, count), nullptr, out + token * out_stride, out_stride);
+    }
   }
 }
 
@@ -87,10 +92,14 @@ void multiply_many(const Weight& w, const Quantised& x, const Packed& packed, in
   }
 }
 
+// Tokens that read weights as they are stored: taking codes apart twice is cheaper than writing bytes and reading them back.
+template <class Source>
+constexpr int64_t kDirect = std::is_same_v<Source, SparseSource> ? kTokens : 2 * kTokens;
+
 template <class Source>
 void multiply(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
               int64_t out_stride, std::byte* scratch) {
-  if (tokens <= kTokens) {
+  if (tokens <= kDirect<Source>) {
     const Packed packed = pack<Source::kDot>(w, x, tokens, scratch);
     multiply_few<Source>(w, x, packed, tokens, panel0, panel1, out, out_stride);
     return;

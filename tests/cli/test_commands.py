@@ -360,3 +360,19 @@ def killed_late(running: subprocess.Popen[bytes]) -> Iterator[None]:
     timer.start()
     yield
     timer.cancel()
+
+
+# --- what no command can do without
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "inspect", "bench", "machine"])
+def test_an_instruction_set_that_is_not_here_is_one_clear_error(
+    command: str, model: str, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"generate": [model, "-p", "x"], "eval": [model, "--data", str(text)], "machine": []}
+    monkeypatch.setenv("HASTEN_ISA", "mmx")  # read once a process
+    run = [sys.executable, "-m", "hasten", command, *flags.get(command, [model])]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: HASTEN_ISA=mmx is not available here")
+    assert "hint: this processor runs: " in done.stderr
