@@ -77,6 +77,8 @@ def run(options: Options) -> None:
         f"{prompt} tokens of prompt, {new} written ({answer.finish_reason}); {took}; seed {params.seed}",
         file=sys.stderr,
     )
+    if answer.finish_reason == "length" and new < options.tokens:
+        print(f"the context of {prompt + new} tokens is full: {options.tokens} were asked for", file=sys.stderr)
 
 
 def _write(stream: Stream, quiet: bool) -> float | None:

@@ -176,6 +176,8 @@ def check_room(model: Model, chosen: Texts, output: Path, here: Machine) -> int:
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} cannot be written to", "choose another output")
     free, wanted = shutil.disk_usage(parent).free, parameters * 5 // 8 + (16 << 20)
     if free < wanted:
         raise OutputError(
