@@ -75,6 +75,7 @@ $(VENV)/made:
 
 $(VENV)/installed: $(VENV)/made $(sources)
 	@mkdir -p build
+	@echo "building hasten: its kernels, one set for each kind of processor, take some minutes to compile"
 	$(pip) install -q .
 	@touch $@
 
