@@ -15,7 +15,7 @@ inline __m256i turned(__m256i bytes) { return _mm256_xor_si256(bytes, _mm256_set
 
 struct Int8Source {
   static constexpr Dot kDot = without_vnni(Dot::sign);
-  static constexpr int64_t kBlock = 512, kAhead = 1024;
+  static constexpr int64_t kBlock = 512, kAhead = 2048;
   explicit Int8Source(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
     const __m256i codes = load32(p + lane * 64 + half * 32);
@@ -28,7 +28,7 @@ template <int bits, int position>
 struct PlaneSource {
   static constexpr Dot kDot = without_vnni(Dot::four_bits);
   static constexpr int kBits = bits;
-  static constexpr int64_t kBlock = 64 * bits, kAhead = 1024;
+  static constexpr int64_t kBlock = 64 * bits, kAhead = 2048;
   explicit PlaneSource(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {
     const __m256i line = load32(p + lane * bits / 8 * 64 + half * 32);
@@ -41,7 +41,7 @@ struct PlaneSource {
 struct Int3Source {
   static constexpr Dot kDot = without_vnni(Dot::four_bits);
   static constexpr int kBits = 3;
-  static constexpr int64_t kBlock = 192, kAhead = 1024;
+  static constexpr int64_t kBlock = 192, kAhead = 2048;
   const PlaneSource<2, 0> low;
   const PlaneSource<1, 2> high;
   explicit Int3Source(const Weight& w) : low(w), high(w) {}
@@ -57,7 +57,7 @@ using Int1Source = PlaneSource<1, 1>;
 template <class Codes>
 struct CodebookSource {
   static constexpr Dot kDot = without_vnni(Dot::seven_bits);
-  static constexpr int64_t kBlock = Codes::kBlock, kAhead = 1024;
+  static constexpr int64_t kBlock = Codes::kBlock, kAhead = 2048;
   const Codes codes;
   const __m256i table;
   explicit CodebookSource(const Weight& w) : codes(w), table(_mm256_broadcastsi128_si256(entries(w.codebook))) {}
@@ -77,7 +77,7 @@ struct CodebookSource {
 // eight bytes past the last value, which stay within the block: its mask comes last.
 struct SparseSource {
   static constexpr Dot kDot = without_vnni(Dot::sign);
-  static constexpr int64_t kBlock = kSparseBlock, kAhead = 1280;
+  static constexpr int64_t kBlock = kSparseBlock, kAhead = 2048;
   mutable const uint8_t* values = nullptr;
   explicit SparseSource(const Weight&) {}
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const {

@@ -191,22 +191,29 @@ void multiply_tile(const Stretch& s, const uint8_t* codes, TokenTile x, float* t
     total[t][0] = s.first ? _mm256_loadu_ps(totals + t * kPanel) : _mm256_setzero_ps();
     total[t][1] = s.first ? _mm256_loadu_ps(totals + t * kPanel + 8) : _mm256_setzero_ps();
   }
-  for (int64_t g = s.first; g < s.last; ++g) {
+  // Everything in registers: at one token and group 32 what a group begins with would cost as much as its products.
+  const int64_t last = s.last, whole = s.w.padded() / s.group, blocks = s.group / kColumns;
+  const int64_t rest = (s.w.padded() - whole * s.group) / kColumns;  // blocks of a last group that is shorter
+  const int32_t* starts = x.starts + s.first * T;
+  const float* factors = x.scales + s.first * T;
+  for (int64_t g = s.first; g < last; ++g, starts += T, factors += T) {
     __m256i sum[T][2];
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_set1_epi32(x.starts[g * T + t]);
-    const int64_t blocks = smaller(s.group, s.w.padded() - g * s.group) / kColumns;
-    for (int64_t b = 0; b < blocks; ++b, codes += Source::kBlock, lanes += 8 * T) {
+    for (int t = 0; t < T; ++t) sum[t][0] = sum[t][1] = _mm256_set1_epi32(starts[t]);
+    int64_t left = g < whole ? blocks : rest;
+    do {
       if constexpr (Source::kAhead > 0)
         for (int64_t line = 0; line < Source::kBlock; line += 64) _mm_prefetch(codes + Source::kAhead + line, _MM_HINT_T0);
       add_block<Source, T>(source, codes, lanes, sum);
-    }
+      codes += Source::kBlock;
+      lanes += 8 * T;
+    } while (--left > 0);
     const uint16_t* scale = scales + (g >> shift) * kPanel;
     const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale)));
     const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scale + 8)));
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t) {
-      const __m256 factor = _mm256_broadcast_ss(x.scales + g * T + t);
+      const __m256 factor = _mm256_broadcast_ss(factors + t);
       total[t][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][0]), _mm256_mul_ps(low, factor), total[t][0]);
       total[t][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[t][1]), _mm256_mul_ps(high, factor), total[t][1]);
     }
