@@ -240,8 +240,8 @@ def _misfit(given: Batch | SamplingBatch, fields: dict[str, str]) -> str:
             strided = "" if array.flags.c_contiguous else "strided "
             return f"{name} is {strided}{array.dtype}{list(array.shape)}, {wanted}"
     return (
-        "history, bias_tokens and banned must be lists of contiguous int32 arrays, one a row; bias of float32, allowed of "
-        "uint32"
+        "history, bias_tokens and banned must be lists of contiguous int32 arrays, one a row; bias of float32, "
+        "allowed of uint32"
     )
 
 
