@@ -26,10 +26,11 @@ inline float value_of(uint64_t key) {
   return std::bit_cast<float>(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// body(i) for each x[i] within [low, high], ascending. Most blocks hold none, and a compiler vectorises that test.
+// body(i) for each x[i] within [low, high], ascending. Where most blocks hold none, this costs little more than reading them:
+// compilers vectorise the test. Where many hold some, no branch depends on which.
 template <typename Body>
 void each_within(const float* x, int64_t n, float low, float high, Body&& body) {
-  constexpr int64_t kBlock = 16;
+  constexpr int64_t kBlock = 32;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(n, begin + kBlock);
     if (end - begin == kBlock) {
@@ -37,8 +38,12 @@ void each_within(const float* x, int64_t n, float low, float high, Body&& body) 
       for (int64_t j = 0; j < kBlock; ++j) any |= (x[begin + j] >= low ? 1 : 0) & (x[begin + j] <= high ? 1 : 0);
       if (any == 0) continue;
     }
-    for (int64_t i = begin; i < end; ++i)
-      if (x[i] >= low && x[i] <= high) body(i);
+    int64_t found[kBlock], count = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      found[count] = i;
+      count += (x[i] >= low ? 1 : 0) & (x[i] <= high ? 1 : 0);
+    }
+    for (int64_t j = 0; j < count; ++j) body(found[j]);
   }
 }
 

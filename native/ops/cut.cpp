@@ -5,6 +5,8 @@ namespace {
 
 constexpr int64_t kLastToken = std::numeric_limits<int32_t>::max();   // its key is the lowest of a value
 
+constexpr double kUnknown = -1;
+
 // The key of the lowest value no less than `x`.
 uint64_t least_key(double x) {
   auto value = static_cast<float>(x);
@@ -34,7 +36,7 @@ void Cuts::enter(Stage stage) {
   high_ = pack(static_cast<float>(kept_.top), 0);
   reached_ = 0;
   if (stage == Stage::top_k) wanted_ = how_.top_k;
-  if (stage == Stage::top_p) wanted_ = how_.ranked(n_) ? 0 : static_cast<double>(how_.top_p) * total_;
+  if (stage == Stage::top_p) wanted_ = how_.ranked(n_) ? kUnknown : static_cast<double>(how_.top_p) * total_;
   if (stage == Stage::top_p && !how_.ranked(n_)) low_ = std::max(low_, least_key(nucleus_floor(how_, n_, kept_, total_)));
   if (stage == Stage::typical) {
     wanted_ = static_cast<double>(how_.typical_p) * total_;
@@ -48,7 +50,7 @@ int Cuts::shift() const {
   return std::max(0, static_cast<int>(std::bit_width(high_ - low_)) - static_cast<int>(std::bit_width(uint64_t{kBins - 1})));
 }
 
-void Cuts::tally(const float* logits, int64_t n, int64_t first, Tally& out) const {
+void Cuts::tally(const float* logits, const float* masses, int64_t n, int64_t first, Tally& out) const {
   out = {};
   const int by = shift();
   const auto add = [&](uint64_t key, double weight) {
@@ -57,22 +59,21 @@ void Cuts::tally(const float* logits, int64_t n, int64_t first, Tally& out) cons
     ++out.count[bin];
   };
   if (stage_ == Stage::moments) {
-    each_kept(logits, n, first, kept_, kHighest, [&](float logit, int64_t, uint64_t) {
-      const double relative = kept_.relative(logit), mass = std::exp(relative);
-      out.mass += mass;
-      out.weighted += mass * relative;
+    each_kept(logits, n, first, kept_, kHighest, [&](int64_t i, uint64_t) {
+      out.mass += static_cast<double>(masses[i]);
+      out.weighted += static_cast<double>(masses[i]) * kept_.relative(logits[i]);
     });
   } else if (stage_ == Stage::typical) {
-    each_kept(logits, n, first, kept_, kHighest, [&](float logit, int64_t token, uint64_t) {
-      const uint64_t key = kept_.typical_key(logit, token);
-      if (key >= low_ && key <= high_) add(key, kept_.mass(logit));
+    each_kept(logits, n, first, kept_, kHighest, [&](int64_t i, uint64_t) {
+      const uint64_t key = kept_.typical_key(logits[i], first + i);
+      if (key >= low_ && key <= high_) add(key, static_cast<double>(masses[i]));
     });
   } else {
     Kept range = kept_;
     range.bar = std::max(range.bar, low_);
     const bool counts = stage_ == Stage::top_k;
-    each_kept(logits, n, first, range, high_, [&](float logit, int64_t, uint64_t key) {
-      add(key, counts ? 1.0 : kept_.mass(logit));
+    each_kept(logits, n, first, range, high_, [&](int64_t i, uint64_t key) {
+      add(key, counts ? 1.0 : static_cast<double>(masses[i]));
     });
   }
 }
@@ -104,7 +105,8 @@ bool Cuts::narrow(const std::vector<const Tally*>& pieces) {
       weight[bin] += piece->weight[bin];
       count[bin] += piece->count[bin];
     }
-  if (wanted_ == 0) {
+  if (wanted_ == kUnknown) {
+    wanted_ = 0;
     for (const double one : weight) wanted_ += one;
     wanted_ *= static_cast<double>(how_.top_p);
   }

@@ -27,14 +27,14 @@ struct Kept {
   }
 };
 
-// body(logit, token, pack(logit, token)) for each kept token of a piece; those above `high` need not be met.
+// body(i, pack(logits[i], first + i)) for each kept token of a piece; those above `high` need not be met.
 template <typename Body>
 void each_kept(const float* logits, int64_t n, int64_t first, const Kept& kept, uint64_t high, Body&& body) {
   each_within(logits, n, value_of(kept.bar), value_of(high), [&](int64_t i) {
     const uint64_t key = pack(logits[i], first + i);
     if (key < kept.bar || key > high) return;
     if (kept.typical_bar != 0 && kept.typical_key(logits[i], first + i) < kept.typical_bar) return;
-    body(logits[i], first + i, key);
+    body(i, key);
   });
 }
 
@@ -59,8 +59,8 @@ class Cuts {
   // `kept`: what there is to filter. `total`: of masses, where top_p comes before all else. `least_logit`: min_p's.
   void begin(const SampleRow& how, int64_t n, const Kept& kept, double total, double least_logit);
   bool searching() const { return stage_ != Stage::done; }
-  // A piece's part of a round.
-  void tally(const float* logits, int64_t n, int64_t first, Tally& out) const;
+  // A piece's part of a round. masses[i]: of logits[i].
+  void tally(const float* logits, const float* masses, int64_t n, int64_t first, Tally& out) const;
   // Ends a round, given every piece's part in order.
   void advance(const std::vector<const Tally*>& pieces);
   const Kept& kept() const { return kept_; }
@@ -79,7 +79,7 @@ class Cuts {
   // The search: the first keys of [low, high], greatest first, whose weight reaches what is wanted.
   uint64_t low_ = 0, high_ = 0;
   double reached_ = 0;     // by keys above high
-  double wanted_ = 0;      // 0: top_p's share of all in the first round
+  double wanted_ = 0;      // unknown yet: top_p's share of all in the first round
 };
 
 }  // namespace hasten

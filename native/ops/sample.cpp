@@ -11,7 +11,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kLowest = std::numeric_limits<float>::lowest();
-constexpr int64_t kFew = 4096;       // candidates of a row that one thread filters sooner than all would
+constexpr int64_t kFew = 2048;       // candidates of a row that one thread filters sooner than all would
 constexpr int64_t kMostBest = 1024;  // top_k up to which each piece picks its own best
 
 enum class Way {
@@ -26,7 +26,8 @@ struct Piece {
   int64_t first, size;
   std::vector<uint64_t> candidates;    // more than kFew: too many
   std::vector<uint64_t> top;           // of the model's own distribution
-  std::vector<float> scaled;
+  std::vector<float> scaled;           // logits over temperature, or masses
+  bool weighed;                        // scaled holds masses
   EditScratch edit;
   std::unique_ptr<Tally> tally;        // made where it is first needed
   Best best;
@@ -114,6 +115,7 @@ class Sampling {
     p.first = i % per_row_ * kVocabularyPiece;
     p.size = std::min(kVocabularyPiece, n_ - p.first);
     p.logits = how.logits + p.first;
+    p.weighed = false;
     state_.own[i] = state_.drawn[i] = reduce_piece(kernels_, p.logits, p.size, p.first);
     if (how.edited()) {
       p.logits = edit_piece(how, p.first, p.size, p.edit);
@@ -165,9 +167,11 @@ class Sampling {
     const double floor = std::max(kLowest, floor_of(how, own.kept));
     Draw draw(sample_key(how.seed, how.position));
     draw.offer(own.kept.top * own.kept.inverse, own.drawn.likeliest);   // rules most others out
-    each_within(p.logits, p.size, round_down(floor), kInfinity, [&](int64_t j) {
+    const auto offer = [&](int64_t j) {
       if (p.logits[j] >= floor) draw.offer(p.logits[j] * own.kept.inverse, p.first + j);
-    });
+    };
+    if (how.min_p > 0) each_within(p.logits, p.size, round_down(floor), kInfinity, offer);
+    else for (int64_t j = 0; j < p.size; ++j) offer(j);
     p.best = draw.best;
   }
 
@@ -266,7 +270,13 @@ class Sampling {
     if (!searching(i / per_row_)) return;
     Piece& p = piece(i);
     if (!p.tally) p.tally = std::make_unique<Tally>();
-    row(i / per_row_).cuts.tally(p.logits, p.size, p.first, *p.tally);
+    const Row& own = row(i / per_row_);
+    if (!p.weighed && (how_[i / per_row_].top_p < 1 || how_[i / per_row_].typical_p < 1)) {
+      p.scaled.resize(static_cast<size_t>(p.size));
+      kernels_.masses(p.logits, static_cast<float>(own.kept.top), static_cast<float>(own.kept.inverse), p.size, p.scaled.data());
+      p.weighed = true;
+    }
+    own.cuts.tally(p.logits, p.scaled.data(), p.size, p.first, *p.tally);
   }
 
   bool advance(int64_t r) {
@@ -283,8 +293,8 @@ class Sampling {
     if (own.way != Way::many) return;
     Piece& p = piece(i);
     Draw draw(sample_key(how_[i / per_row_].seed, how_[i / per_row_].position));
-    each_kept(p.logits, p.size, p.first, own.cuts.kept(), kHighest, [&](float logit, int64_t token, uint64_t) {
-      draw.offer(logit * own.kept.inverse, token);
+    each_kept(p.logits, p.size, p.first, own.cuts.kept(), kHighest, [&](int64_t j, uint64_t) {
+      draw.offer(p.logits[j] * own.kept.inverse, p.first + j);
     });
     p.best = draw.best;
   }
