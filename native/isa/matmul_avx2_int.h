@@ -20,7 +20,7 @@ struct UnpackedSource {
 };
 
 // How a source is unpacked for many tokens: signed bytes become words, whose products need no sign to be moved.
-constexpr Dot unpacked(Dot dot) { return dot == Dot::sign ? Dot::words : dot; }
+constexpr Dot unpacked(Dot dot) { return dot; }
 constexpr int64_t unpacked_bytes(Dot dot) { return dot == Dot::words ? 2 : 1; }
 
 // `blocks` blocks of a panel.
