@@ -11,6 +11,7 @@ from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
 from hasten.engine.blocks import Blocks
 from hasten.engine.constraints import constraints_for
+from hasten.engine.guidance import Grammar, Guidance
 from hasten.engine.request import SamplingParams, Sequence, choice_seed
 from hasten.engine.sampler import Sampler, record
 from hasten.engine.scheduler import Scheduler
@@ -22,10 +23,11 @@ PROMPT_TAIL = 16
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of one: text as tokens come, and the tokens of bad words."""
+    """What the engine needs of one: text as tokens come, the tokens of bad words, and all that llguidance reads."""
 
     def stream(self) -> TokenStream: ...
     def encode(self, text: str, special: bool = True) -> list[int]: ...
+    def definition(self) -> str: ...
 
 
 class Engine:
@@ -45,6 +47,7 @@ class Engine:
         self.blocks = Blocks(limits.kv_blocks, limits.block_size)
         self.scheduler = Scheduler(self.blocks, limits.max_tokens, min(limits.max_sequences, limits.max_rows))
         self.sampler = Sampler()
+        self.guidance = Guidance(tokenizer, vocabulary, self.eos_token_ids)
         self._batches = Batches(self.blocks)
         self._streams: dict[Sequence, TextStream] = {}
 
@@ -52,15 +55,28 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
-        """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run."""
+    def add(self, prompt: list[int], params: SamplingParams, *, grammar: Grammar | None = None) -> list[Sequence]:
+        """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run.
+
+        `grammar`: what guidance made of params.structured_outputs, on another thread; None: it is made here.
+        """
         self._check(prompt, params)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         room = self._room()
         limit = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
+        if params.structured_outputs and not grammar:
+            grammar = self.guidance.compile(params.structured_outputs)
         constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
         choices = [
-            Sequence(array("i", prompt), len(prompt), params, choice_seed(seed, i), limit, constraints)
+            Sequence(
+                array("i", prompt),
+                len(prompt),
+                params,
+                choice_seed(seed, i),
+                limit,
+                constraints=constraints,
+                guide=grammar.start() if grammar else None,
+            )
             for i in range(params.n)
         ]
         for sequence in choices:
