@@ -74,7 +74,7 @@ void multiply_many(const Weight& w, const Quantised& x, const Packed& packed, in
 
 // Tokens that read weights as they are stored: taking codes apart twice is cheaper than writing bytes and reading them back.
 template <class Source>
-constexpr int64_t kDirect = std::is_same_v<Source, SparseSource> ? kTokens : 2 * kTokens;
+constexpr int64_t kDirect = std::is_same_v<Source, SparseSource> ? kTokens : 8 * kTokens;
 
 template <class Source>
 void multiply(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
