@@ -10,6 +10,7 @@ from typing import Protocol
 from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
 from hasten.engine.blocks import Blocks
+from hasten.engine.constraints import constraints_for
 from hasten.engine.request import SamplingParams, Sequence, choice_seed
 from hasten.engine.sampler import Sampler, record
 from hasten.engine.scheduler import Scheduler
@@ -21,9 +22,10 @@ PROMPT_TAIL = 16
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of one: text as tokens come."""
+    """What the engine needs of one: text as tokens come, and the tokens of bad words."""
 
     def stream(self) -> TokenStream: ...
+    def encode(self, text: str, special: bool = True) -> list[int]: ...
 
 
 class Engine:
@@ -56,8 +58,10 @@ class Engine:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         room = self._room()
         limit = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
+        constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
         choices = [
-            Sequence(array("i", prompt), len(prompt), params, choice_seed(seed, i), limit) for i in range(params.n)
+            Sequence(array("i", prompt), len(prompt), params, choice_seed(seed, i), limit, constraints)
+            for i in range(params.n)
         ]
         for sequence in choices:
             if self.tokenizer:
