@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hasten.bench.load.client import Target
     from hasten.bench.load.prompts import Bodies
     from hasten.bench.load.run import Result
+    from hasten.bench.load.traces import Arrival
 
 HELP = "measure how a server bears load"
 PROMPT, NEW = "128:512", 64
@@ -67,7 +68,8 @@ class Options:
 
 def run(options: Options) -> int:
     from hasten.bench.load import report, summary
-    from hasten.bench.load.arrivals import Schedule
+    from hasten.bench.load.arrivals import Schedule, planned
+    from hasten.bench.load.http import shown
     from hasten.bench.load.prompts import Bodies, Prompts, parse_extra
 
     limits = summary.parse_limits(options.slo)
@@ -75,7 +77,9 @@ def run(options: Options) -> int:
     extra = parse_extra(options.extra) if options.extra else None
     prepare(options)
     allow_connections()
-    schedule, prompts = Schedule(load), Prompts(pieces, seed=options.seed, prefix=options.prefix)
+    schedule = Schedule(load)
+    arrivals = planned(schedule)
+    prompts = Prompts(pieces, seed=options.seed, prefix=options.prefix)
 
     def bodies(model: str) -> Bodies:
         return Bodies(
@@ -90,9 +94,9 @@ def run(options: Options) -> int:
         )
 
     with reporter() as progress:
-        result, target, model = asyncio.run(drive(options, load, schedule, target, bodies, progress))
+        result, target, model = asyncio.run(drive(options, load, arrivals, target, bodies, progress))
     found = {
-        "target": {"url": target.url, "endpoint": endpoint(options), "model": model},
+        "target": {"url": target.url, "endpoint": endpoint(options), "model": shown(model)},
         "load": described(options, load, schedule),
         **summary.summarise(result, limits),
     }
@@ -187,7 +191,12 @@ def allow_connections() -> None:
 
 
 async def drive(
-    options: Options, load: Load, schedule: Schedule, target: Target, bodies: Callable[[str], Bodies], progress: Report
+    options: Options,
+    load: Load,
+    arrivals: Iterable[Arrival],
+    target: Target,
+    bodies: Callable[[str], Bodies],
+    progress: Report,
 ) -> tuple[Result, Target, str]:
     from dataclasses import replace
 
@@ -198,7 +207,7 @@ async def drive(
     result = await run.drive(
         target,
         load,
-        schedule,
+        arrivals,
         bodies(model),
         endpoint=endpoint(options),
         timeout=options.timeout,

@@ -128,8 +128,14 @@ class Schedule:
             yield Arrival(0.0, self.load.prefix + int(lengths.integers(low, high + 1)), self.load.new)
 
 
-def planned(schedule: Schedule) -> list[Arrival]:
-    """Every request of a load that has an end. Raises InputError where there is none, or too many to keep."""
+def planned(schedule: Schedule) -> list[Arrival] | Schedule:
+    """Every request of a load, read and checked; the schedule itself where clients go on until time is up.
+
+    Raises InputError where there is no request, or too many to keep.
+    """
+    load = schedule.load
+    if load.clients is not None and load.trace is None and load.limit is None:
+        return schedule
     found = list(islice(schedule, MOST_REQUESTS + 1))
     if len(found) > MOST_REQUESTS:
         raise InputError(f"more than {MOST_REQUESTS:,} requests", "--limit-requests or --duration sends fewer")

@@ -11,12 +11,12 @@ import contextlib
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from hasten.bench.load.arrivals import Load, Schedule, planned
+from hasten.bench.load.arrivals import Load
 from hasten.bench.load.client import Record, Target, now, send
 from hasten.bench.load.prompts import Bodies
 from hasten.bench.load.traces import Arrival
@@ -50,7 +50,7 @@ class Result:
 async def drive(
     target: Target,
     load: Load,
-    schedule: Schedule,
+    arrivals: Iterable[Arrival],
     bodies: Bodies,
     *,
     endpoint: str,
@@ -58,12 +58,12 @@ async def drive(
     warmup: int,
     report: Progress,
 ) -> Result:
-    """Send a load. Cancelled (Ctrl-C), it returns what there is so far. Raises InputError where nothing can be sent."""
+    """Send the requests of a load, of which there is at least one. Cancelled (Ctrl-C), it returns what there is so far.
+
+    Raises InputError where the warm-up fails.
+    """
     run = _Run(target, load, endpoint, timeout, report)
-    arrivals: Iterable[Arrival] = schedule
-    if load.clients is None or load.trace or load.limit is not None:
-        arrivals = planned(schedule)
-        run.result.planned = len(arrivals)
+    run.result.planned = len(arrivals) if isinstance(arrivals, Sequence) else None
     requests = _prepared(_requests(target, endpoint, bodies, arrivals), run.result.planned or AHEAD_REQUESTS, report)
     first = next(requests)
     try:
@@ -152,14 +152,12 @@ class _Run:
     async def _client(self, requests: Iterator[_Request]) -> None:
         """One user of a closed loop: the next request when the one before is over."""
         until = self.result.start + self._load.duration if self._load.duration is not None else None
-        while until is None or now() < until:
-            request = next(requests, None)
-            if request is None:
+        pause = 0.0
+        while (request := next(requests, None)) is not None:
+            await asyncio.sleep(pause)
+            if until is not None and now() >= until:
                 return
-            record = await self._one(request, None)
-            pause = _pause(record)
-            if pause:
-                await asyncio.sleep(pause if until is None else min(pause, max(0.0, until - now())))
+            pause = _pause(await self._one(request, None))
 
     async def _one(self, request: _Request, due: float | None) -> Record:
         record = Record(request.number, request.arrival.prompt, request.arrival.new, due)
