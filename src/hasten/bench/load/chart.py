@@ -65,6 +65,7 @@ def over_time(result: Result, model: str) -> str:
         taken = [((r.finished or r.started) - r.started) * 1e3 for r in lost]
         labels = [f"{name}, request {r.number}: {r.error}" for r in lost]
         series.append(Points(name, [r.started - result.start for r in lost], taken, labels))
+    series = [one for one in series if one.x]
     return scatter_chart(
         f"Over time, {model}", series, x_label="seconds, when sent", y_label="ms", log_y=True, width=WIDTH
     )
