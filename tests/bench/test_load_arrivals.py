@@ -95,6 +95,7 @@ def test_a_trace_made_smaller(trace: Path) -> None:
     schedule = Schedule(Load(trace=trace, context=1010))
     assert [a.prompt for a in planned(schedule)] == [1000, 100]
     assert schedule.left_out == 1
+    assert [a.prompt for a in planned(Schedule(Load(trace=trace, context=1009)))] == [100]
     with pytest.raises(InputError, match="no request to send; 3 are longer than the context"):
         planned(Schedule(Load(trace=trace, context=5)))
 

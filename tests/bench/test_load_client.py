@@ -20,7 +20,7 @@ from hasten.bench.load.prompts import Bodies, Prompts, id_pieces
 from hasten.bench.load.run import Result
 from hasten.errors import InputError
 
-SLACK = 0.05  # seconds that a busy machine may add to what was waited for
+SLACK = 0.1  # seconds that a busy machine may add to what was waited for
 
 
 def drive(server: Server, load: Load, *, timeout: float = 20, warmup: int = 0, usage: bool = True) -> Result:
@@ -300,6 +300,17 @@ def test_what_goes_wrong_is_named(answer: Answer, outcome: str, error: str, deta
     assert told["first"] == {"request": 0, "detail": found.detail}
 
 
+def test_an_endless_refusal_is_read_no_further() -> None:
+    async def answer(reply: Reply) -> None:
+        await reply.raw(b"HTTP/1.1 500 Oh\r\n\r\nno, ")
+        while True:
+            await reply.raw(b"no, " * 10_000)
+
+    found, _ = one(answer, timeout=10)
+    assert (found.error, found.detail[:7]) == ("HTTP 500", "no, no,")
+    assert one(answer, timeout=10)[0].detail.endswith("...")
+
+
 def test_refusals_say_how_long_to_wait() -> None:
     found, figures = one(saying(429, Retry_After="3"))
     assert found.retry_after == 3.0
@@ -352,7 +363,7 @@ def test_a_stalled_server_does_not_slow_arrivals() -> None:
         result = drive(server, load)
     due = [a.at for a in Schedule(load)]
     came = [s.at - server.seen[0].at + due[0] for s in server.seen]
-    assert came == pytest.approx(due, abs=SLACK)
+    assert came == pytest.approx(due, abs=0.3)
     figures = summary.summarise(result, {})
     assert figures["client"]["most_under_way"] == 40
     assert figures["client"]["send_lag_ms"]["p50"] < SLACK * 1e3
@@ -431,8 +442,9 @@ def test_a_closed_loop_heeds_retry_after(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_warm_up_is_not_measured() -> None:
     with serving() as server:
-        result = drive(server, Load(clients=1, limit=2, prompt=(2, 2), new=2), warmup=3)
+        result = drive(server, Load(clients=1, limit=2, prompt=(8, 8), new=2), warmup=3)
     assert (len(server.seen), len(result.records)) == (5, 2)
+    assert len({json.dumps(s.body["prompt"]) for s in server.seen}) == 5  # none is in a prefix cache already
     with serving(saying(500, b'"broken"')) as server, pytest.raises(InputError, match="the warm-up failed: HTTP 500"):
         drive(server, Load(clients=1, limit=2), warmup=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -59,7 +60,9 @@ class Options:
     )
     no_usage: bool = option(False, help="ask for no usage, which some servers refuse: chunks are counted as tokens")
     api_key_env: str | None = option(None, help="environment variable that holds the API key", metavar="NAME")
-    slo: tuple[str, ...] = option((), help="limits of goodput: ttft=500ms,tpot=50ms,e2e=10s", metavar="NAME=TIME,...")
+    slo: tuple[str, ...] | None = option(
+        None, help="limits of goodput: ttft=500ms,tpot=50ms,e2e=10s", metavar="NAME=TIME,..."
+    )
     warmup: int = option(0, help="requests before the load, one by one, unmeasured")
     timeout: float = option(600.0, help="seconds after which an answer is given up")
     output: Path | None = option(None, help="folder for report.json, report.md, report.svg and requests.jsonl")
@@ -72,7 +75,7 @@ def run(options: Options) -> int:
     from hasten.bench.load.http import shown
     from hasten.bench.load.prompts import Bodies, Prompts, parse_extra
 
-    limits = summary.parse_limits(options.slo)
+    limits = summary.parse_limits(options.slo or ())
     load, target, pieces = load_of(options), target_of(options), pieces_of(options)
     extra = parse_extra(options.extra) if options.extra else None
     prepare(options)
@@ -187,7 +190,8 @@ def allow_connections() -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        with contextlib.suppress(OSError, ValueError):  # some systems call unlimited what they do not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def drive(

@@ -12,7 +12,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -25,6 +25,7 @@ from hasten.errors import InputError
 Progress = Callable[[str, int, int], None]
 AHEAD_BYTES = 256 << 20  # of bodies made before the load begins, so that making them disturbs no measurement
 AHEAD_REQUESTS = 2000
+STRANGERS = 1 << 40  # the number of the first request of a warm-up
 BEAT_SECONDS = 0.02
 REPORT_SECONDS = 0.25
 FAILURE_PAUSE = 0.5  # of a closed loop's client after a failure: a dead server is not asked a thousand times a second
@@ -64,11 +65,12 @@ async def drive(
     """
     run = _Run(target, load, endpoint, timeout, report)
     run.result.planned = len(arrivals) if isinstance(arrivals, Sequence) else None
+    first, arrivals = _first(arrivals)
+    strangers = [replace(first, blocks=())] * warmup  # prompts of their own: the load must find none of its own cached
     requests = _prepared(_requests(target, endpoint, bodies, arrivals), run.result.planned or AHEAD_REQUESTS, report)
-    first = next(requests)
     try:
-        await run.warm_up(first, warmup)
-        await run.whole(chain([first], requests))
+        await run.warm_up(list(_requests(target, endpoint, bodies, strangers, STRANGERS)))
+        await run.whole(requests)
     except asyncio.CancelledError:
         run.result.interrupted = True
         run.result.end = run.result.end or now()
@@ -82,8 +84,17 @@ class _Request:
     data: bytes
 
 
-def _requests(target: Target, endpoint: str, bodies: Bodies, arrivals: Iterable[Arrival]) -> Iterator[_Request]:
-    for number, arrival in enumerate(arrivals):
+def _first(arrivals: Iterable[Arrival]) -> tuple[Arrival, Iterator[Arrival]]:
+    """The first of them, and all of them."""
+    rest = iter(arrivals)
+    first = next(rest)
+    return first, chain([first], rest)
+
+
+def _requests(
+    target: Target, endpoint: str, bodies: Bodies, arrivals: Iterable[Arrival], start: int = 0
+) -> Iterator[_Request]:
+    for number, arrival in enumerate(arrivals, start):
         yield _Request(arrival, number, target.request("POST", endpoint, bodies.body(arrival, number)))
 
 
@@ -113,10 +124,10 @@ class _Run:
         self._timeout, self._report = timeout, report
         self._finished = 0
 
-    async def warm_up(self, request: _Request, count: int) -> None:
-        """The first request `count` times over, one after the other, unmeasured."""
-        for done in range(count):
-            self._report("warming up", done, count)
+    async def warm_up(self, requests: Sequence[_Request]) -> None:
+        """One after the other, unmeasured."""
+        for done, request in enumerate(requests):
+            self._report("warming up", done, len(requests))
             record = Record(request.number, request.arrival.prompt, request.arrival.new)
             await send(self._target, request.data, record, self._timeout)
             if record.outcome != "completed":
