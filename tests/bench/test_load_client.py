@@ -542,6 +542,8 @@ def test_nobody_to_speak_to() -> None:
     ("head", "body", "message"),
     [
         ("401 No", b'{"error": {"message": "who are you"}}', "HTTP 401: who are you"),
+        ("", b"", "disconnected: no answer"),
+        ("", b"SSH-2.0-x\r\n", "malformed answer: no HTTP status line: SSH-2.0-x"),
         ("404 No", b"nothing here", "HTTP 404: nothing here"),
         ("200 OK", b"<html>", "its answer is not valid JSON: <html>"),
         ("200 OK", b'{"data": []}', "lists no model"),
@@ -554,7 +556,7 @@ def test_servers_that_list_no_model(head: str, body: bytes, message: str) -> Non
     async def ask(target: Callable[[int], Target]) -> str:
         async def reply(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            writer.write(f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body if head else body)
             writer.close()
 
         async with await asyncio.start_server(reply, "127.0.0.1", 0) as listening:
@@ -563,5 +565,5 @@ def test_servers_that_list_no_model(head: str, body: bytes, message: str) -> Non
     with pytest.raises(InputError) as caught:
         asyncio.run(ask(lambda port: Target("127.0.0.1", port)))
     assert message in caught.value.message
-    if head.startswith("401"):
-        assert "--api-key-env" in str(caught.value.hint)
+    hint = "--api-key-env" if head.startswith("401") else "http or https?" if head == "" else "--model NAME"
+    assert hint in str(caught.value.hint)

@@ -233,7 +233,7 @@ async def send(target: Target, request: bytes, record: Record, timeout: float, s
     except TimeoutError:
         record.fail("timeout", f"no end after {timeout:g} s")
     except OSError as error:  # ssl.SSLError is one
-        record.fail("no connection", shown(str(error)))
+        record.fail("no connection", shown(str(error), 200))
     finally:
         exchange.abort()
     return bytes(exchange.body)
@@ -266,6 +266,8 @@ async def first_model(target: Target) -> str:
     if record.outcome != "completed":
         if record.status in (401, 403):
             hint = "--api-key-env NAME names the environment variable that holds the key"
+        if not record.status:
+            hint = "is it the right URL, and http or https?"
         raise InputError(f"{target.url}/models: {record.error}: {record.detail}", hint)
     try:
         models = answer.parse_object(body, "its answer").get("data")
