@@ -260,7 +260,7 @@ def test_what_is_known_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, ll
 
 def test_a_trial_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
     def late(*_: object, **__: object) -> None:
-        raise subprocess.TimeoutExpired("trial", 20)
+        raise subprocess.TimeoutExpired("trial", 60)
 
     monkeypatch.setattr(subprocess, "run", late)
     with pytest.raises(InputError, match="takes more than"):

@@ -24,7 +24,7 @@ from hasten.errors import DependencyError, InputError
 
 LONGEST = 65_536
 """Characters of a schema, regex, grammar or list of choices."""
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds of waiting for a trial, whose processor time is bounded by itself."""
 KEPT = 64
 """Grammars that are not compiled again when they come again."""
