@@ -121,6 +121,17 @@ def test_one_of_the_choices_is_written(llm: LLM) -> None:
         assert {o.text for o in outputs(llm, choice=[choice])} == {choice}
 
 
+def test_thousands_of_choices(llm: LLM) -> None:
+    choices = [f"number {n}" for n in range(3000)]
+    assert {o.text for o in outputs(llm, choice=choices)} <= set(choices)
+
+
+def test_an_output_that_the_library_gives_up_says_so(llm: LLM) -> None:
+    for output in outputs(llm, regex="(.*a.{20}|.*b.{20}c.*){3}"):  # its states double with every character
+        assert output.finish_reason == "abort"
+        assert "structured output was given up: lexer error: too many states" in str(output.stop_reason)
+
+
 def test_a_grammar_makes_what_is_written(llm: LLM) -> None:
     grammar = 'start: sum\nsum: term ("+" term)~1..3\nterm: /[1-9]/ | "(" sum ")"\n'
     for output in outputs(llm, grammar=grammar):

@@ -122,6 +122,8 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         elif length >= sequence.limit:
             sequence.finish_reason = "length"
+        if sequence.guide and sequence.guide.error:
+            sequence.finish_reason, sequence.stop_reason = "abort", sequence.guide.error
         if sequence.finish_reason:
             self._finish(sequence)
 

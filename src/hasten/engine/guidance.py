@@ -102,7 +102,7 @@ class Grammar:
 
 
 class Guide:
-    """Follows one output. Once it is complete, or the library gives up on it (`error`), only its end may follow."""
+    """Follows one output. Once it is complete only its end may follow; so too where the library gives up (`error`)."""
 
     def __init__(self, matcher: Any, words: int) -> None:
         self._matcher, self._words, self._taken = matcher, words, 0
@@ -117,8 +117,8 @@ class Guide:
     @property
     def error(self) -> str:
         """Why the library gave up, where a step met its limits; else empty."""
-        text: str = self._matcher.get_error()
-        return text
+        reason = " ".join(self._matcher.get_error().split())
+        return f"structured output was given up: {reason[:200]}" if reason else ""
 
 
 def _library() -> Any:
@@ -140,7 +140,8 @@ def _source(library: Any, wanted: StructuredOutputsParams) -> tuple[str, str]:
         except ValueError as error:
             raise _invalid(kind, str(error)) from None
         return kind, str(grammar)
-    text = "start: " + " | ".join(json.dumps(one) for one in value) if kind == "choice" else str(value)
+    # One symbol of the lexer: as many rules, some thousand choices would be too many for the parser.
+    text = "start: ONE\nONE: " + " | ".join(map(json.dumps, value)) if kind == "choice" else str(value)
     _check_length(kind, text)
     make = library.LLMatcher.grammar_from_regex if kind == "regex" else library.LLMatcher.grammar_from_lark
     return kind, str(make(text))
