@@ -71,6 +71,18 @@ def test_logprobs_stay_the_models_own(engine: Engines) -> None:
     assert forced.logprobs[0] == dict(free.top[0])[40]
 
 
+def test_the_most_typical_token_is_drawn(engine: Engines) -> None:
+    (likeliest,) = engine.add([1, 2, 3], how(1, temperature=0, max_tokens=1, logprobs=70))
+    while engine.busy:
+        engine.step()
+    logprob = dict(likeliest.top[0])
+    entropy = -sum(np.exp(v) * v for v in logprob.values())
+    typical = min(logprob, key=lambda t: abs(-logprob[t] - entropy))
+    assert typical != likeliest.output[0]
+    for seed in range(3):
+        assert engine.write(how(seed, typical_p=1e-6, temperature=1, max_tokens=1)) == [typical]
+
+
 def test_nothing_ends_the_output_before_min_tokens(engine: Engines) -> None:
     for seed in range(5):
         changes = {"ignore_eos": False, "logit_bias": {EOS: 50, 6: 50}, "stop_token_ids": [6, 10**6], "min_tokens": 7}
