@@ -74,8 +74,12 @@ class LlamaCpp(protocol.Engine):
 
         def measured(repeats: int) -> list[float]:
             tests = ",".join([str(batch)] * repeats)
-            printed = self.run([str(self._tool("llama-batched-bench")), *arguments, "-npl", tests])
-            return [float(json.loads(line)["t_tg"]) for line in printed.splitlines() if line.startswith("{")]
+            for _ in range(5):  # on small models it now and then ends well and has printed nothing
+                printed = self.run([str(self._tool("llama-batched-bench")), *arguments, "-npl", tests])
+                found = [float(json.loads(line)["t_tg"]) for line in printed.splitlines() if line.startswith("{")]
+                if found:
+                    return found
+            raise RuntimeError("llama-batched-bench printed no measurement in five runs")
 
         taken = measured(1)
         enough = min(int(-(-min(least, TOOL_SECONDS) // taken[0])), protocol.MAX_REPEATS)
