@@ -36,8 +36,7 @@ class LlamaCpp(protocol.Engine):
         if self.tools is None or via == "binding":
             self.open(1, tokens + 1, flash, "f16")
             return {**super().prefill(tokens, least), "via": "C interface"}
-        cold = [] if tokens < CHUNK else ["--no-warmup"]  # the warm-up is as long as the prompt: too long to repeat
-        return self.llama_bench(["-p", str(tokens), "-n", "0", *cold], least, flash)
+        return self.llama_bench(["-p", str(tokens), "-n", "0"], least, flash)
 
     def llama_bench(self, arguments: list[str], least: float, flash: bool) -> dict[str, Any]:
         """Seconds of one test. What it loads and its warm-up are not counted."""
@@ -75,8 +74,12 @@ class LlamaCpp(protocol.Engine):
 
         def measured(repeats: int) -> list[float]:
             tests = ",".join([str(batch)] * repeats)
-            printed = self.run([str(self._tool("llama-batched-bench")), *arguments, "-npl", tests])
-            return [float(json.loads(line)["t_tg"]) for line in printed.splitlines() if line.startswith("{")]
+            for _ in range(5):  # on small models it now and then ends well and has printed nothing
+                printed = self.run([str(self._tool("llama-batched-bench")), *arguments, "-npl", tests])
+                found = [float(json.loads(line)["t_tg"]) for line in printed.splitlines() if line.startswith("{")]
+                if found:
+                    return found
+            raise RuntimeError("llama-batched-bench printed no measurement in five runs")
 
         taken = measured(1)
         enough = min(int(-(-min(least, TOOL_SECONDS) // taken[0])), protocol.MAX_REPEATS)
