@@ -1,4 +1,4 @@
-"""Scheduling under a long random load: thousands of requests with priorities, salts, shared prefixes and clients that leave.
+"""Scheduling under a long random load: priorities, salts, shared prefixes, scored prompts, clients that leave.
 
 The cache is a table of slots that remembers who wrote what, as in test_scheduler.py, but kept from first step to last.
 """

@@ -68,8 +68,8 @@ class Engine:
         """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run.
 
         Lower `priority` runs first. Blocks of the cache are shared only with requests of the same `cache_salt`.
-        `prompt_logprobs`: note those of the prompt's tokens, and of so many of the likeliest. Without `draws` nothing is
-        written: the prompt is only scored.
+        `prompt_logprobs`: note those of the prompt's tokens, and of so many of the likeliest. Without `draws` the
+        prompt is only scored, and nothing is written.
         """
         self.check(prompt, params, priority=priority, prompt_logprobs=prompt_logprobs, draws=draws)
         seed = secrets.randbits(64) if params.seed is None else params.seed

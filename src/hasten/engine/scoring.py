@@ -16,7 +16,7 @@ from hasten.engine.scheduler import Span
 def draw(spans: list[Span], outputs: Outputs, sampler: Sampler) -> list[int]:
     """The next token of each sequence that draws; log-probabilities are noted with the sequences."""
     drawing = [span.sequence for span in spans if span.draws]
-    if not any([span.scores for span in spans]):
+    if not any(span.scores for span in spans):
         if not drawing:
             return []
         sampled = outputs.sample(sampler.batch(drawing))
