@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import hasten
 from hasten.cli.cache import Cache
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
@@ -93,4 +94,4 @@ def configuration(llm: LLM, options: Options) -> Config:
         template=llm.tokenizer.chat_template,
         created=int(time.time()),
     )
-    return Config(served, keys)
+    return Config(served, keys, version=hasten.__version__)

@@ -17,7 +17,6 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-import hasten
 from hasten.errors import HastenError
 from hasten.server import routes
 from hasten.server.config import Config
@@ -56,7 +55,7 @@ def create_app(service: Service, config: Config) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
-    app = FastAPI(title="hasten", version=hasten.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="hasten", version=config.version, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.context = context
     for kind in (RequestError, HastenError, Overloaded, Unavailable, EngineFault, HTTPException, Exception):
         app.add_exception_handler(kind, _handle)

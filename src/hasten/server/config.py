@@ -57,3 +57,5 @@ class Config:
     api_keys: tuple[str, ...] = ()
     """None: anybody may ask."""
     limits: HttpLimits = field(default_factory=HttpLimits)
+    version: str = "0"
+    """Of hasten, as the OpenAPI description states it."""

@@ -58,7 +58,8 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(_with_hint(error), "prompt", code="context_length_exceeded")
         case InputError() | CheckpointError():  # the latter: a chat template that is missing or at fault
             named = re.match(r"([a-z_]+) is ", error.message)
-            return RequestError(_with_hint(error), named[1] if named else None)
+            of_prompt = error.message.startswith(("the prompt", "the text", "token id"))
+            return RequestError(_with_hint(error), named[1] if named else "prompt" if of_prompt else None)
     return RequestError("internal error", status=500, code="internal_error")
 
 

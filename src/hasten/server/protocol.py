@@ -252,6 +252,10 @@ def parse(raw: bytes, model: type[Body]) -> Body:
     """A request's body as `model`. Raises RequestError, naming the field that is wrong."""
     try:
         document = json.loads(raw, parse_constant=_no_constant)
+        if b"\\ud" in raw or b"\\uD" in raw:
+            json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("the body holds half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, bytes that are no UTF-8, numbers of thousands of digits
