@@ -36,15 +36,19 @@ class Call:
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
+OTHERS = ("<function=", "<arg_key>", "<tool_calls>")
+"""Marks of families that write no JSON, or write it elsewhere: what we could not read is not promised."""
+
+
 def family(template: str) -> Family | None:
-    """The form of tool calls that a chat template teaches its model; None where it knows no tools."""
-    if "tools" not in template:
+    """The form of tool calls that a chat template teaches its model; None where that is none we can read."""
+    if "tools" not in template or any(mark in template for mark in OTHERS):
         return None
     if OPEN in template:
         return "hermes"
     if TOOL_CALLS in template:
         return "mistral"
-    return "llama3" if PYTHON_TAG in template or '"parameters"' in template else None
+    return "llama3" if "ipython" in template and '"parameters"' in template else None
 
 
 def special_marks(family: Family) -> bool:
