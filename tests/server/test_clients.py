@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from server.serving import Server, eventually, serve
+from support import ROOT
 
 from hasten import LLM, SamplingParams
 
@@ -66,7 +69,7 @@ def test_completion_streamed(client: openai.OpenAI, reference: LLM) -> None:
     assert values == [p[t].logprob for p, t in zip(wanted.logprobs, wanted.token_ids, strict=True)]
     offsets = [o for p in parts for o in p.choices[0].logprobs.text_offset]
     assert offsets == sorted(offsets)
-    assert [p.choices[0].finish_reason for p in parts][-2:] == [None, "length"]
+    assert [p.choices[0].finish_reason for p in parts] == [None] * (len(parts) - 1) + ["length"]
     assert all(p.usage is None for p in parts)
     assert last.choices == []
     assert last.usage.completion_tokens == 24
@@ -180,3 +183,16 @@ def test_metrics_count(server: Server) -> None:
     assert value("hasten_requests_running") == 0
     assert value("hasten_kv_cache_usage_ratio") == 0
     assert value("hasten_time_to_first_token_seconds_count") >= 2
+
+
+def test_the_dashboard_shows_metrics_that_exist(server: Server) -> None:
+    text = server.get("/metrics").text
+    dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    shown = {
+        name for panel in dashboard["panels"] for t in panel["targets"] for name in re.findall(r"hasten_\w+", t["expr"])
+    }
+    assert {name for name in shown if f"\n{name}" not in text} == set()
+    counted = set(re.findall(r"^# TYPE (hasten_\w+) ", text, re.M))
+    assert {c for c in counted if not any(name.startswith(c.removesuffix("_total")) for name in shown)} <= {
+        "hasten_engine_restarts_total"
+    }

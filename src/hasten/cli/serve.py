@@ -49,32 +49,36 @@ def run(options: Options) -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise DependencyError(f"hasten serve needs {', '.join(missing)}", "pip install 'hasten[serve]'")
-    for name, value, least in (("max_queue", options.max_queue, 0), ("port", options.port, 0)):
-        if value < least:
-            raise InputError(f"{name} is {value}, must be {least} or more")
+    if options.max_queue < 0:
+        raise InputError(f"max_queue is {options.max_queue}, must be 0 or more")
+    if not 0 <= options.port < 65536:
+        raise InputError(f"port is {options.port}, must be between 0 and 65535")
     for name, seconds in (("drain_seconds", options.drain_seconds), ("stall_seconds", options.stall_seconds)):
         if not 0 < seconds < 1e9:
             raise InputError(f"{name} is {seconds}, must be above 0")
     from hasten.engine.llm import LLM
     from hasten.server.app import create_app
+    from hasten.server.run import bind
     from hasten.server.run import run as serve
     from hasten.server.service import Service, ServiceLimits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with reporter() as report:
-        llm = LLM(
-            options.model,
-            context=options.context,
-            max_batch=options.max_batch,
-            threads=options.threads,
-            kv_format=options.cache.kv_format,
-            score_rows=SCORE_ROWS,
-            report=report,
-        )
-    config = configuration(llm, options)
-    limits = ServiceLimits(options.max_queue, options.stall_seconds)
-    app = create_app(Service(llm.make_engine, limits), config)
-    serve(app, options.host, options.port, drain_seconds=options.drain_seconds)
+    bound = bind(options.host, options.port)  # before anything is loaded
+    with bound:
+        with reporter() as report:
+            llm = LLM(
+                options.model,
+                context=options.context,
+                max_batch=options.max_batch,
+                threads=options.threads,
+                kv_format=options.cache.kv_format,
+                score_rows=SCORE_ROWS,
+                report=report,
+            )
+        config = configuration(llm, options)
+        limits = ServiceLimits(options.max_queue, options.stall_seconds)
+        app = create_app(Service(llm.make_engine, limits), config)
+        serve(app, bound, options.drain_seconds)
 
 
 def configuration(llm: LLM, options: Options) -> Config:

@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(app: FastAPI, drain_seconds: float = 30.0) -> Server:
+def make_server(app: FastAPI, drain_seconds: float) -> Server:
     """What serves `app` as soon as it is given sockets."""
     context: Context = app.state.context
     limits = context.config.limits
@@ -122,10 +122,9 @@ def make_server(app: FastAPI, drain_seconds: float = 30.0) -> Server:
     return Server(config, context.service)
 
 
-def run(app: FastAPI, host: str, port: int, *, drain_seconds: float = 30.0) -> None:
-    """Serve until a signal. Raises InputError where the address cannot be had."""
+def run(app: FastAPI, bound: socket.socket, drain_seconds: float) -> None:
+    """Serve on a socket of `bind` until a signal."""
     context: Context = app.state.context
-    bound = bind(host, port)
     server = make_server(app, drain_seconds)
     sys.setswitchinterval(SWITCH_SECONDS)
     _raise_file_limit(context.config.limits.connections + 256)
@@ -139,17 +138,18 @@ def run(app: FastAPI, host: str, port: int, *, drain_seconds: float = 30.0) -> N
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 for any free one. Raises InputError where it cannot be had."""
+    """A socket that does not listen yet; port 0 for any free one. Raises InputError where it cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, proto)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        with contextlib.ExitStack() as undo:
+            made = undo.enter_context(socket.socket(family, kind, proto))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            undo.pop_all()
+            return made
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise InputError(f"cannot listen at {host}:{port}: {reason}", "--port 0 takes any free one") from None
-    made.set_inheritable(True)
-    return made
 
 
 def _shown(address: tuple[Any, ...]) -> str:
