@@ -156,26 +156,36 @@ Result<float> attention(const std::string& isa, const std::string& kv, int64_t b
   return out;
 }
 
-nb::tuple sample(const std::string& isa, Floats logits, float temperature, int32_t top_k, float top_p, float min_p,
-                 float repetition, float presence, float frequency, uint64_t seed, int64_t position, Ints history,
-                 int64_t prompt_length) {
-  SampleRow row{temperature, top_k, top_p, min_p, repetition, presence, frequency, seed, position, history.data(),
-                static_cast<int64_t>(history.size()), prompt_length};
-  SampleResult result{};
-  static SampleScratch scratch;   // reused, so that tests would see what a call leaves behind
-  const auto n = static_cast<int64_t>(logits.size());
-  sample_row(table(isa), logits.data(), n, reduce_row(table(isa), logits.data(), n), row, result, scratch);
-  return nb::make_tuple(result.token, result.logprob);
+// Pieces from the last to the first: what threads make of them in any order must be the same.
+void backwards(int64_t count, const std::function<void(int64_t)>& body) {
+  while (count > 0) body(--count);
 }
 
-nb::tuple top(const std::string& isa, Floats logits, int64_t count) {
-  static SampleScratch scratch;
-  const auto size = static_cast<size_t>(std::min<int64_t>(count, static_cast<int64_t>(logits.size())));
-  auto tokens = make<int32_t>({size});
-  auto values = make<float>({size});
+template <class T>
+std::span<const T> span_of(const Array<const T>& array) {
+  return {array.data(), array.size()};
+}
+
+// As the programs draw; -> (token, its log-probability, tokens and log-probabilities of the `top` likeliest).
+nb::tuple draw(const std::string& isa, Floats logits, float temperature, int32_t top_k, float top_p, float min_p,
+               float typical_p, float repetition, float presence, float frequency, uint64_t seed, int64_t position,
+               Ints history, int64_t prompt_length, Ints bias_tokens, Floats bias, Ints banned,
+               std::optional<Array<const uint32_t>> allowed, int64_t top) {
   const auto n = static_cast<int64_t>(logits.size());
-  top_logprobs(logits.data(), n, reduce_row(table(isa), logits.data(), n), count, tokens.data(), values.data(), scratch);
-  return nb::make_tuple(tokens, values);
+  const std::vector<SampleRow> rows{{.logits = logits.data(), .temperature = temperature, .top_k = top_k, .top_p = top_p,
+                                     .min_p = min_p, .typical_p = typical_p, .repetition = repetition, .presence = presence,
+                                     .frequency = frequency, .seed = seed, .position = position, .history = span_of(history),
+                                     .prompt_length = prompt_length, .bias_tokens = span_of(bias_tokens), .bias = bias.data(),
+                                     .banned = span_of(banned), .allowed = allowed ? allowed->data() : nullptr}};
+  static SampleScratch scratch;   // reused, so that tests would see what a call leaves behind
+  int32_t token;
+  float logprob;
+  const auto size = static_cast<size_t>(std::min(top, n));
+  auto top_tokens = make<int32_t>({size});
+  auto top_logprobs = make<float>({size});
+  hasten::sample(table(isa), n, rows, scratch, backwards,
+                 {&token, &logprob, top_tokens.data(), top_logprobs.data(), static_cast<int64_t>(size)});
+  return nb::make_tuple(token, logprob, top_tokens, top_logprobs);
 }
 
 }  // namespace
@@ -192,8 +202,7 @@ void bind_ops(nb::module_& m) {
   m.def("ops_attention", &attention, "isa"_a, "kv"_a, "block_size"_a, "q"_a, "k"_a, "v"_a, "keys"_a.noconvert(),
         "values"_a.noconvert(), "positions"_a, "starts"_a, "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0,
         "causal"_a = true, "query_tile"_a = 16, "in_spans"_a = false);
-  m.def("ops_sample", &sample, "isa"_a, "logits"_a, "temperature"_a = 1.0f, "top_k"_a = 0, "top_p"_a = 1.0f,
-        "min_p"_a = 0.0f, "repetition"_a = 1.0f, "presence"_a = 0.0f, "frequency"_a = 0.0f, "seed"_a = 0, "position"_a = 0,
-        "history"_a, "prompt_length"_a = 0);
-  m.def("ops_top_logprobs", &top, "isa"_a, "logits"_a, "count"_a);
+  m.def("ops_sample", &draw, "isa"_a, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "typical_p"_a,
+        "repetition"_a, "presence"_a, "frequency"_a, "seed"_a, "position"_a, "history"_a, "prompt_length"_a, "bias_tokens"_a,
+        "bias"_a, "banned"_a, "allowed"_a.none(), "top"_a);
 }

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "binding_sampling.h"
 #include "binding_tuning.h"
 #include "binding_weight.h"
 #include "isa/dispatch.h"
@@ -260,32 +261,6 @@ class Planned {
     nb::gil_scoped_release release;
     hasten::divergence(program, reference.program, out.data());
   }
-  void sample(const Input<float>& temperature, const Input<int32_t>& top_k, const Input<float>& top_p,
-              const Input<float>& min_p, const Input<float>& repetition, const Input<float>& presence,
-              const Input<float>& frequency, const Input<uint64_t>& seed, const Input<int64_t>& position,
-              const std::vector<Input<int32_t>>& history, const Input<int32_t>& prompt_length, Filled<int32_t> tokens,
-              Filled<float> logprobs, FilledMatrix<int32_t> top_tokens, FilledMatrix<float> top_logprobs) {
-    const Program::Use use(program);
-    const auto count = static_cast<size_t>(wanted_rows());
-    for (const size_t size : {temperature.size(), top_k.size(), top_p.size(), min_p.size(), repetition.size(), presence.size(),
-                              frequency.size(), seed.size(), position.size(), history.size(), prompt_length.size()})
-      if (size != count)
-        throw BatchError("sampling has " + std::to_string(size) + " entries for " + std::to_string(count) + " wanted rows");
-    filled(tokens.size(), wanted_rows());
-    filled(logprobs.size(), wanted_rows());
-    filled(top_tokens.shape(0), wanted_rows());
-    filled(top_logprobs.size(), static_cast<int64_t>(top_tokens.size()));
-    std::vector<SampleRow> rows(count);
-    for (size_t i = 0; i < count; ++i)
-      rows[i] = {temperature.data()[i], top_k.data()[i],      top_p.data()[i], min_p.data()[i],
-                 repetition.data()[i],  presence.data()[i],   frequency.data()[i], seed.data()[i],
-                 position.data()[i],    history[i].data(),    static_cast<int64_t>(history[i].size()), prompt_length.data()[i]};
-    const Drawn out{tokens.data(), logprobs.data(), top_tokens.data(), top_logprobs.data(),
-                    static_cast<int64_t>(top_tokens.shape(1))};
-    sample_scratch_.resize(program.sizes().threads);
-    nb::gil_scoped_release release;
-    hasten::sample(program, rows, sample_scratch_, out);
-  }
   void record(int64_t runs) {
     require(finished_ && runs >= 0 && runs < 1 << 20, "a recording of " + std::to_string(runs) + " steps");
     program.record(runs);
@@ -311,6 +286,7 @@ class Planned {
   }
 
   Program program;
+  SampleScratch sample_scratch;
 
  private:
   const Value& at(int64_t index) const {
@@ -346,7 +322,6 @@ class Planned {
   std::vector<HeldWeight> weights_;
   std::vector<HeldNorm> norms_;
   std::vector<Input<float>> vectors_;
-  std::vector<SampleScratch> sample_scratch_;  // one a thread
   bool finished_ = false;
 };
 
@@ -375,10 +350,6 @@ void bind_running(nb::class_<Planned>& c) {
       .def("score", &Planned::score, "targets"_a.noconvert(), "out"_a.noconvert())
       .def("argmax", &Planned::argmax, "out"_a.noconvert())
       .def("divergence", &Planned::divergence, "reference"_a, "out"_a.noconvert())
-      .def("sample", &Planned::sample, "temperature"_a.noconvert(), "top_k"_a.noconvert(), "top_p"_a.noconvert(),
-           "min_p"_a.noconvert(), "repetition"_a.noconvert(), "presence"_a.noconvert(), "frequency"_a.noconvert(),
-           "seed"_a.noconvert(), "position"_a.noconvert(), "history"_a.noconvert(), "prompt_length"_a.noconvert(),
-           "tokens"_a.noconvert(), "logprobs"_a.noconvert(), "top_tokens"_a.noconvert(), "top_logprobs"_a.noconvert())
       .def("record", &Planned::record, "runs"_a, "Record the next steps, this many; 0 ends it")
       .def("recorded", &Planned::recorded, "(rows, their length), a row for each thread of each run")
       .def("copy_recording", &Planned::copy_recording, "out"_a.noconvert())
@@ -414,6 +385,7 @@ void bind_program(nb::module_& m) {
   nb::class_<Planned> program(m, "Program");
   bind_building(program);
   bind_running(program);
+  bind_sampling(program);
   bind_tuning(program);
   m.def("kernel_scratch",
         [](const std::string& kind, int64_t rows, int64_t columns, int64_t group, int64_t tokens) {

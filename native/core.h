@@ -182,6 +182,7 @@ struct Kernels {
   // KL(p || q) in nats over the whole vocabulary, both given as logits, accumulated in double.
   double (*divergence)(const float* p, const float* q, int64_t n);
   int64_t (*argmax)(const float* logits, int64_t n);                 // lowest index among equals
+  void (*masses)(const float* logits, float top, float factor, int64_t n, float* out);   // e^((logit - top) * factor)
 };
 
 const Kernels* scalar_kernels();

@@ -15,6 +15,17 @@ inline __m256i lane_mask(int64_t rows) {
                             _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
+// The first `count` of eight lanes, if so many are left. Masked moves are slow on AMD even where the mask is full.
+HASTEN_INLINE __m256 load_lanes(const float* p, int64_t count) {
+  return count >= 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, lane_mask(count));
+}
+HASTEN_INLINE void store_lanes(float* p, int64_t count, __m256 value) {
+  if (count >= 8)
+    _mm256_storeu_ps(p, value);
+  else
+    _mm256_maskstore_ps(p, lane_mask(count), value);
+}
+
 inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 inline __m256i broadcast4(const void* x) {

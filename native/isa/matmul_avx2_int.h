@@ -1,7 +1,7 @@
 // Integer matmul, AVX2: where weights come from, and which form multiplies them. isa/matmul_avx2_tile.h has the products.
 //
 // A block is 32 columns of a panel. Few tokens read it as it is stored; many unpack a stretch of a panel once, into bytes
-// or 16-bit words in the first-level cache, and reuse it for every tile of tokens.
+// in the first-level cache, and reuse it for every tile of tokens.
 #pragma once
 #include <type_traits>
 
@@ -10,7 +10,7 @@
 namespace hasten {
 namespace {
 
-// What `unpack` wrote: bytes [columns / 4][16][4], or words [columns / 2][16][2] and then a lane is two columns.
+// What `unpack` wrote: bytes [columns / 4][16][4].
 template <Dot dot>
 struct UnpackedSource {
   static constexpr Dot kDot = dot;
@@ -19,10 +19,6 @@ struct UnpackedSource {
   HASTEN_INLINE __m256i load(const uint8_t* p, int half, int lane) const { return load32(p + lane * 64 + half * 32); }
 };
 
-// How a source is unpacked for many tokens: signed bytes become words, whose products need no sign to be moved.
-constexpr Dot unpacked(Dot dot) { return dot == Dot::sign ? Dot::words : dot; }
-constexpr int64_t unpacked_bytes(Dot dot) { return dot == Dot::words ? 2 : 1; }
-
 // `blocks` blocks of a panel.
 template <class Source>
 void unpack(const Source& source, const uint8_t* codes, int64_t blocks, uint8_t* to) {
@@ -30,22 +26,9 @@ void unpack(const Source& source, const uint8_t* codes, int64_t blocks, uint8_t*
 #pragma GCC unroll 8
     for (int lane = 0; lane < 8; ++lane) {
       const __m256i low = source.load(codes, 0, lane), high = source.load(codes, 1, lane);
-      if constexpr (unpacked(Source::kDot) == Dot::words) {
-        // [16 rows][4] bytes -> two times [16 rows][2] words.
-#pragma GCC unroll 4
-        for (int quarter = 0; quarter < 4; ++quarter) {
-          const __m256i half = quarter < 2 ? low : high;
-          const __m256i four = _mm256_cvtepi8_epi16(quarter % 2 ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half));
-          const __m256i pairs = _mm256_permute4x64_epi64(_mm256_shuffle_epi32(four, 0xd8), 0xd8);   // columns 0, 1 | 2, 3
-          _mm_store_si128(reinterpret_cast<__m128i*>(to + quarter * 16), _mm256_castsi256_si128(pairs));
-          _mm_store_si128(reinterpret_cast<__m128i*>(to + 64 + quarter * 16), _mm256_extracti128_si256(pairs, 1));
-        }
-        to += 128;
-      } else {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to), low);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32), high);
-        to += 64;
-      }
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to), low);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32), high);
+      to += 64;
     }
 }
 
@@ -54,9 +37,7 @@ void unpack(const Source& source, const uint8_t* codes, int64_t blocks, uint8_t*
 constexpr int64_t kStretch = 16 * 1024;                              // bytes unpacked at a time: half a first-level cache
 
 // Columns unpacked at a time: whole groups of the weight.
-inline int64_t stretch_columns(const Weight& w, Dot dot) {
-  return smaller(w.padded(), kStretch / (kPanel * unpacked_bytes(dot)) / w.group * w.group);
-}
+inline int64_t stretch_columns(const Weight& w) { return smaller(w.padded(), kStretch / kPanel / w.group * w.group); }
 
 template <class Source>
 void multiply_few(const Weight& w, const Quantised& x, const Packed& packed, int64_t tokens, int64_t panel0, int64_t panel1,
@@ -74,8 +55,7 @@ void multiply_few(const Weight& w, const Quantised& x, const Packed& packed, int
 template <class Source>
 void multiply_many(const Weight& w, const Quantised& x, const Packed& packed, int64_t tokens, int64_t panel0, int64_t panel1,
                    float* out, int64_t out_stride, uint8_t* bytes, float* totals) {
-  constexpr Dot kDot = unpacked(Source::kDot);
-  const int64_t columns = stretch_columns(w, kDot);
+  const int64_t columns = stretch_columns(w);
   const Source source(w);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     const uint8_t* codes = static_cast<const uint8_t*>(w.codes) + panel * (w.padded() / kUnit) * Source::kBlock;
@@ -85,7 +65,7 @@ void multiply_many(const Weight& w, const Quantised& x, const Packed& packed, in
       const Stretch stretch{w, panel, first / x.group, smaller((last + x.group - 1) / x.group, x.groups), x.groups, x.group};
       for (int64_t token = 0; token < tokens; token += kTokens) {
         const int64_t count = smaller(kTokens, tokens - token);
-        kMultiplyTile<UnpackedSource<kDot>>[count - 1](stretch, bytes, packed.tile(token, count), totals + token * kPanel,
+        kMultiplyTile<UnpackedSource<Source::kDot>>[count - 1](stretch, bytes, packed.tile(token, count), totals + token * kPanel,
                                                        out + token * out_stride, out_stride);
       }
     }
@@ -94,19 +74,19 @@ void multiply_many(const Weight& w, const Quantised& x, const Packed& packed, in
 
 // Tokens that read weights as they are stored: taking codes apart twice is cheaper than writing bytes and reading them back.
 template <class Source>
-constexpr int64_t kDirect = std::is_same_v<Source, SparseSource> ? kTokens : 2 * kTokens;
+constexpr int64_t kDirect = std::is_same_v<Source, SparseSource> ? kTokens : 8 * kTokens;
 
 template <class Source>
 void multiply(const Weight& w, const Quantised& x, int64_t tokens, int64_t panel0, int64_t panel1, float* out,
               int64_t out_stride, std::byte* scratch) {
   if (tokens <= kDirect<Source>) {
-    const Packed packed = pack<Source::kDot>(w, x, tokens, scratch);
+    const Packed packed = pack(w, x, tokens, Source::kDot, scratch);
     multiply_few<Source>(w, x, packed, tokens, panel0, panel1, out, out_stride);
     return;
   }
   float* totals = reinterpret_cast<float*>(scratch + kStretch);
   const int64_t total_bytes = tokens * kPanel * static_cast<int64_t>(sizeof(float));
-  const Packed packed = pack<unpacked(Source::kDot)>(w, x, tokens, scratch + kStretch + total_bytes);
+  const Packed packed = pack(w, x, tokens, Source::kDot, scratch + kStretch + total_bytes);
   multiply_many<Source>(w, x, packed, tokens, panel0, panel1, out, out_stride, reinterpret_cast<uint8_t*>(scratch), totals);
 }
 

@@ -12,9 +12,8 @@ namespace {
 //   four_bits   weights 0..15: eight products of a pair fit 16 bits (8 * 2 * 15 * 127), so they are widened once a block
 //   seven_bits  weights 0..127: 2 * 127 * 127 fits; widened at once by madd
 //   sign        weights -127..127: their magnitude is the unsigned factor, their sign moves to the activation
-//   words       both widened to 16 bits beforehand, two columns a lane: one madd
 //   bytes       AVX-VNNI: weights 0..255, four products of a lane added in 32 bits by one instruction
-enum class Dot { four_bits, seven_bits, sign, words, bytes };
+enum class Dot { four_bits, seven_bits, sign, bytes };
 
 #if defined(__AVXVNNI__) || defined(HASTEN_EMULATE_VNNI)
 constexpr bool kVnni = true;
@@ -35,12 +34,12 @@ HASTEN_INLINE __m256i dpbusd(__m256i sum, __m256i weights, __m256i x) {
 #endif
 }
 
-constexpr int64_t lane_columns(Dot dot) { return dot == Dot::words ? 2 : 4; }
+constexpr int64_t kLane = 4;                                         // columns
 constexpr int64_t kTokens = 4;
 
 // Activations of a tile of T tokens, as its kernel meets them: a column of lanes for all tokens, then the next.
 struct TokenTile {
-  const int32_t* lanes;               // [padded / lane_columns][T]
+  const int32_t* lanes;               // [padded / kLane][T]
   const int32_t* starts;              // [groups][T] where sums start: minus the zero point times the sum of the codes
   const float* scales;                // [groups][T]
 };
@@ -66,38 +65,27 @@ inline void transpose4(__m128i a, __m128i b, __m128i c, __m128i d, int32_t* to) 
   _mm_store_si128(out + 3, _mm_unpackhi_epi64(ab1, cd1));
 }
 
-// Four lanes of one token.
-template <Dot dot>
-inline __m128i four_lanes(const int8_t* x) {
-  if constexpr (dot == Dot::words)
-    return _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)));
-  else
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-}
-
 inline int64_t packed_bytes(const Weight& w, int64_t tokens) {
   const int64_t group = 32;                                          // the smallest that activations may have
-  const int64_t bytes = w.kind == Kind::int8 || w.kind == Kind::sparse8 ? 2 : 1;
-  return tokens * w.padded() * bytes + 2 * round_up(tokens * (w.padded() / group) * 4, kAlign) + kAlign;
+  return tokens * w.padded() + 2 * round_up(tokens * (w.padded() / group) * 4, kAlign) + kAlign;
 }
 
 // Cuts the tokens into tiles of four and a rest.
-template <Dot dot>
-Packed pack(const Weight& w, const Quantised& x, int64_t tokens, std::byte* memory) {
-  constexpr int64_t kColumns = lane_columns(dot);
-  const int64_t lanes = w.padded() / kColumns, starts_bytes = round_up(tokens * x.groups * 4, kAlign);
+inline Packed pack(const Weight& w, const Quantised& x, int64_t tokens, Dot dot, std::byte* memory) {
+  const int64_t lanes = w.padded() / kLane, starts_bytes = round_up(tokens * x.groups * 4, kAlign);
   int32_t* starts = reinterpret_cast<int32_t*>(memory);
   float* scales = reinterpret_cast<float*>(memory + starts_bytes);
   int32_t* packed = reinterpret_cast<int32_t*>(memory + 2 * starts_bytes);
-  const int32_t zero = dot == Dot::sign || dot == Dot::words ? 0 : zero_point(w.kind);
-  const bool as_it_is = tokens == 1 && dot != Dot::words;
+  const int32_t zero = dot == Dot::sign ? 0 : zero_point(w.kind);
+  const bool as_it_is = tokens == 1;
   for (int64_t token = 0; token < tokens; token += kTokens) {
     const int64_t count = smaller(kTokens, tokens - token);
     const int8_t* codes = x.codes + token * x.stride;
     int32_t* to = packed + token * lanes;
     for (int64_t lane = 0; lane < lanes && !as_it_is; lane += 4) {
       __m128i four[kTokens];
-      for (int64_t t = 0; t < kTokens; ++t) four[t] = four_lanes<dot>(codes + (t < count ? t : 0) * x.stride + lane * kColumns);
+      for (int64_t t = 0; t < kTokens; ++t)
+        four[t] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (t < count ? t : 0) * x.stride + lane * kLane));
       if (count == kTokens) {
         transpose4(four[0], four[1], four[2], four[3], to + lane * kTokens);
         continue;
@@ -127,7 +115,6 @@ template <Dot dot>
 HASTEN_INLINE __m256i add_products(__m256i sum, __m256i weights, __m256i x) {   // not for four_bits
   const __m256i ones = _mm256_set1_epi16(1);
   if constexpr (dot == Dot::bytes) return dpbusd(sum, weights, x);
-  if constexpr (dot == Dot::words) return _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x));
   const __m256i pairs = dot == Dot::sign ? _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
                                          : _mm256_maddubs_epi16(weights, x);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
@@ -181,10 +168,10 @@ HASTEN_INLINE void add_block(const Source& source, const uint8_t* codes, const i
 template <class Source, int T>
 void multiply_tile(const Stretch& s, const uint8_t* codes, TokenTile x, float* totals, float* out, int64_t out_stride) {
   const Source source(s.w);
-  constexpr int64_t kColumns = lane_columns(Source::kDot) * 8;       // of a block
+  constexpr int64_t kColumns = 8 * kLane;                            // of a block
   const int shift = __builtin_ctzll(static_cast<uint64_t>(s.w.group / s.group));
   const uint16_t* scales = s.w.scales + s.panel * s.w.groups() * kPanel;
-  const int32_t* lanes = x.lanes + s.first * s.group / lane_columns(Source::kDot) * T;
+  const int32_t* lanes = x.lanes + s.first * s.group / kLane * T;
   __m256 total[T][2];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) {
@@ -219,16 +206,14 @@ void multiply_tile(const Stretch& s, const uint8_t* codes, TokenTile x, float* t
     }
   }
   const int64_t rows = s.w.rows - s.panel * kPanel;
+  const bool ends = s.last >= s.groups;
+  float* to = ends ? out + s.panel * kPanel : totals;
+  const int64_t stride = ends ? out_stride : kPanel, lanes_left = ends ? rows : kPanel;
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-    if (s.last < s.groups) {
-      _mm256_storeu_ps(totals + t * kPanel, total[t][0]);
-      _mm256_storeu_ps(totals + t * kPanel + 8, total[t][1]);
-    } else {
-      float* to = out + t * out_stride + s.panel * kPanel;
-      _mm256_maskstore_ps(to, lane_mask(rows), total[t][0]);
-      _mm256_maskstore_ps(to + 8, lane_mask(rows - 8), total[t][1]);
-    }
+  for (int t = 0; t < T; ++t, to += stride) {
+    store_lanes(to, lanes_left, total[t][0]);
+    store_lanes(to + 8, lanes_left - 8, total[t][1]);
+  }
 }
 
 using MultiplyTile = void (*)(const Stretch&, const uint8_t*, TokenTile, float*, float*, int64_t);

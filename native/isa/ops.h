@@ -159,6 +159,12 @@ inline double logsumexp(const float* logits, int64_t n) {
   return most + ::log(simd::sum(total));
 }
 
+inline void masses(const float* logits, float top, float factor, int64_t n, float* out) {
+  sixteens(n, [=](int64_t i, int64_t lanes) {
+    write(out + i, simd::exp(simd::mul(simd::sub(read(logits + i, lanes), simd::set(top)), simd::set(factor))), lanes);
+  });
+}
+
 // sum p (log p - log q) = sum e_i (p_i - q_i) / sum e_i - (log sum e^p - log sum e^q), e_i = e^(p_i - max p).
 inline double divergence(const float* p, const float* q, int64_t n) {
   const V p_most = simd::set(largest(p, n)), q_most = simd::set(largest(q, n));
@@ -210,6 +216,7 @@ void fill_ops(Kernels& k) {
   k.logsumexp = ops::logsumexp;
   k.divergence = ops::divergence;
   k.argmax = ops::argmax;
+  k.masses = ops::masses;
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ constexpr int tile_parts(int) { return 1; }
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef uint32_t Bits4 __attribute__((vector_size(16)));
 typedef double Double2 __attribute__((vector_size(16)));
 
 struct V { Float4 part[4]; };
@@ -127,7 +128,7 @@ HASTEN_INLINE uint32_t bits(M m) {
 }
 
 HASTEN_INLINE V power_of_two(V t) {
-  return each([&](int i) { return cast<Float4>((cast<Int4>(t.part[i]) << 23) + 0x3f800000); });
+  return each([&](int i) { return cast<Float4>((cast<Bits4>(t.part[i]) << 23) + 0x3f800000u); });   // wraps where t is NaN
 }
 
 HASTEN_INLINE float sum(V a) {

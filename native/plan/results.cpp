@@ -22,11 +22,20 @@ std::vector<Reduced> reduce(const Program& program, int64_t rows, bool sums = tr
   const int64_t pieces = vocabulary_pieces(logits.width);
   std::vector<Reduced> parts(rows * pieces), known(rows);
   for_rows(program, rows * pieces, [&](int64_t i) {
-    parts[i] = reduce_piece(program.kernels(), program.row(logits, i / pieces), logits.width, i % pieces, sums);
+    const int64_t first = i % pieces * kVocabularyPiece;
+    parts[i] = reduce_piece(program.kernels(), program.row(logits, i / pieces) + first,
+                            std::min(kVocabularyPiece, logits.width - first), first, sums);
   });
   for (int64_t row = 0; row < rows; ++row)
-    known[row] = reduce_fold(program.row(logits, row), parts.data() + row * pieces, pieces);
+    known[row] = reduce_fold(parts.data() + row * pieces, pieces);
   return known;
+}
+
+void check_tokens(std::span<const int32_t> tokens, int64_t vocabulary, const char* where) {
+  for (const int32_t token : tokens)
+    if (token < 0 || token >= vocabulary)
+      throw BatchError("token " + std::to_string(token) + " of " + where + " is not in the vocabulary of " +
+                       std::to_string(vocabulary));
 }
 
 std::string text(int64_t number) { return std::to_string(number); }
@@ -70,44 +79,22 @@ void divergence(const Program& program, const Program& reference, double* out) {
   });
 }
 
-void sample(const Program& program, const std::vector<SampleRow>& rows, std::vector<SampleScratch>& scratch, const Drawn& out) {
+void sample(const Program& program, std::vector<SampleRow>& rows, SampleScratch& scratch, const Drawn& out) {
   const Value& logits = program.output();
-  for (const SampleRow& row : rows) {
-    if (row.prompt_length < 0 || row.prompt_length > row.history_length)
-      throw BatchError("a prompt of " + text(row.prompt_length) + " tokens in a history of " + text(row.history_length));
-    for (int64_t i = 0; i < row.history_length; ++i)
-      if (row.history[i] < 0 || row.history[i] >= logits.width)
-        throw BatchError("token " + text(row.history[i]) + " of a history is not in the vocabulary of " + text(logits.width));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    SampleRow& row = rows[i];
+    const auto length = static_cast<int64_t>(row.history.size());
+    if (row.prompt_length < 0 || row.prompt_length > length)
+      throw BatchError("a prompt of " + text(row.prompt_length) + " tokens in a history of " + text(length));
+    check_tokens(row.history, logits.width, "a history");
+    check_tokens(row.bias_tokens, logits.width, "a bias");
+    check_tokens(row.banned, logits.width, "a ban");
+    row.logits = program.row(logits, static_cast<int64_t>(i));
   }
   if (out.top < 0 || out.top > logits.width)
     throw BatchError(text(out.top) + " top log-probabilities of a vocabulary of " + text(logits.width));
-  const int64_t count = static_cast<int64_t>(rows.size());
-  if (count == 0) return;
-  const std::vector<Reduced> known = reduce(program, count);
-  const int64_t pieces = vocabulary_pieces(logits.width);
-  std::vector<Best> best(count * pieces);
-  for_rows(program, count * pieces, [&](int64_t i) {
-    const int64_t row = i / pieces;
-    if (rows[row].by_pieces(logits.width))
-      best[i] = draw_piece(program.row(logits, row), logits.width, known[row], rows[row], i % pieces);
-  });
-  Pool::instance().run(team_for(program, count), [&](Team& team) {
-    SampleScratch& own = scratch[team.thread()];
-    team.for_each(count, [&](int64_t i) {
-      const float* x = program.row(logits, i);
-      SampleResult drawn{};
-      if (rows[i].by_pieces(logits.width)) {
-        drawn.token = draw_fold(best.data() + i * pieces, pieces).token;
-        drawn.logprob = log_probability(x, known[i].logsumexp, drawn.token);
-      } else {
-        sample_row(program.kernels(), x, logits.width, known[i], rows[i], drawn, own);
-      }
-      out.tokens[i] = drawn.token;
-      out.logprobs[i] = drawn.logprob;
-      if (out.top > 0)
-        top_logprobs(x, logits.width, known[i], out.top, out.top_tokens + i * out.top, out.top_logprobs + i * out.top, own);
-    });
-  });
+  sample(program.kernels(), logits.width, rows, scratch,
+         [&](int64_t count, const std::function<void(int64_t)>& body) { for_rows(program, count, body); }, out);
 }
 
 }  // namespace hasten

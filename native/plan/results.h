@@ -17,16 +17,7 @@ void argmax(const Program& program, int32_t* out);
 // KL(reference || program) of each row in nats. Both have the same rows and vocabulary, else BatchError.
 void divergence(const Program& program, const Program& reference, double* out);
 
-// Where drawn tokens go: tokens and logprobs [rows], top_tokens and top_logprobs [rows, top].
-struct Drawn {
-  int32_t* tokens;
-  float* logprobs;
-  int32_t* top_tokens;
-  float* top_logprobs;
-  int64_t top;
-};
-
-// Draws a token for every row. `scratch` has one for each thread. Histories that name no token: BatchError.
-void sample(const Program& program, const std::vector<SampleRow>& rows, std::vector<SampleScratch>& scratch, const Drawn& out);
+// Draws a token for every row; `rows` say how, and get their logits here. What names no token: BatchError.
+void sample(const Program& program, std::vector<SampleRow>& rows, SampleScratch& scratch, const Drawn& out);
 
 }  // namespace hasten

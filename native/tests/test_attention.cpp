@@ -1,6 +1,7 @@
 // Attention over a paged cache against a plain float64 softmax, and the same bits however the prompt is cut.
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "check.h"
 
@@ -123,9 +124,27 @@ class Cache {
   Guarded<uint8_t> keys_, values_;
 };
 
+// As several threads share a tile of queries over many keys: each span on its own, the last one first, then all joined.
+void attend_in_spans(const Kernels& k, const AttentionArgs& a, int64_t head, int64_t token0, int64_t token1,
+                     std::byte* scratch) {
+  const int64_t keys = span_blocks(a.kv.block_size) * a.kv.block_size;
+  const int64_t first = a.seen(0, token0).begin / keys, last = (a.seen(0, token1 - 1).end - 1) / keys;
+  const int64_t floats = partial_floats((token1 - token0) * (a.heads / a.kv.kv_heads), a.kv.head_dim), stride = floats + 16;
+  Guarded<float> all((last - first + 1) * stride);
+  for (int64_t span = last; span >= first; --span) {
+    Guarded<float> one(floats);
+    k.attend_span(a, 0, head, token0, token1, span, one.data(), scratch);
+    expect(one.intact(), "attention of a span wrote outside its partial result");
+    std::memcpy(all.data() + (span - first) * stride, one.data(), static_cast<size_t>(floats) * sizeof(float));
+  }
+  k.attend_join(a, 0, head, token0, token1, all.data(), stride, scratch);
+  expect(all.intact(), "joining spans wrote outside their partial results");
+}
+
 // Feeds the sequence in chunks of these lengths, queries in tiles of `tile` -> [length][heads][head_dim].
 std::vector<float> run(const Kernels& k, const Case& c, KvKind kind, const Sequence& s, float scale,
-                       const std::vector<int64_t>& chunks, int64_t tile, std::optional<Cache>* kept = nullptr) {
+                       const std::vector<int64_t>& chunks, int64_t tile, std::optional<Cache>* kept = nullptr,
+                       bool in_spans = false) {
   std::optional<Cache> own;
   Cache& cache = (kept == nullptr ? own : *kept).emplace(c, kind, s.length);
   const int64_t q_width = c.heads * c.head_dim, k_width = c.kv_heads * c.head_dim, gap = 5;
@@ -161,8 +180,13 @@ std::vector<float> run(const Kernels& k, const Case& c, KvKind kind, const Seque
     for (int64_t token = 0; token < size; ++token) k.kv_write(a, 0, token);
     Guarded<std::byte> scratch(k.attend_scratch(a, tile));
     for (int64_t head = 0; head < c.kv_heads; ++head)
-      for (int64_t token = 0; token < size; token += tile)
-        k.attend(a, 0, head, token, std::min(size, token + tile), scratch.data());
+      for (int64_t token = 0; token < size; token += tile) {
+        const int64_t end = std::min(size, token + tile);
+        if (in_spans)
+          attend_in_spans(k, a, head, token, end, scratch.data());
+        else
+          k.attend(a, 0, head, token, end, scratch.data());
+      }
     expect(scratch.intact() && out.intact() && cache.intact(), "attention wrote outside its output, scratch or cache");
     for (int64_t token = 0; token < size; ++token) {
       const float* row = out.data() + token * a.out_stride;
@@ -246,6 +270,22 @@ void check_int8(const Kernels& k, const Case& c, int number) {
   check_cuts(k, c, KvKind::int8, s, scale, whole, number);
 }
 
+// Over several spans of keys: the textbook's result, and the same bits from spans made one by one.
+void check_spans(const Kernels& k, int number) {
+  const std::pair<Case, KvKind> cases[] = {{{.head_dim = 20}, KvKind::f32},
+                                           {{.heads = 7, .kv_heads = 1, .block_size = 48, .window = 530}, KvKind::bf16},
+                                           {{.block_size = 512}, KvKind::int8}};
+  for (const auto& [c, kind] : cases) {
+    const Sequence s(c, 560, static_cast<uint64_t>(number));
+    const std::vector<int64_t> chunks{540, 1, 19};
+    const std::vector<float> whole = run(k, c, kind, s, 0.4f, chunks, c.tile);
+    if (kind != KvKind::int8) check_close(whole, textbook(c, s, stored(s.k, kind), stored(s.v, kind), 0.4f), number);
+    const std::vector<float> other = run(k, c, kind, s, 0.4f, chunks, c.tile, nullptr, true);
+    expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())),
+           "attention case %d: other bits in spans", number++);
+  }
+}
+
 // What a row may not see may hold anything.
 void check_leaks(const Kernels& k, KvKind kind, float bad) {
   const Case c{.head_dim = 20, .window = 9};
@@ -275,6 +315,7 @@ void test_attention(const Kernels& k) {
     check_cuts(k, p.c, p.kind, p.sequence, p.scale, whole, number++);
   }
   for (const Case& c : kCases) check_int8(k, c, number++);
+  check_spans(k, number);
   for (const KvKind kind : {KvKind::f32, KvKind::bf16})
     for (const float bad : {NAN, INFINITY}) check_leaks(k, kind, bad);
 }

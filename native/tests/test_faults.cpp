@@ -120,6 +120,20 @@ const Fault kFaults[] = {
          if (token1 - token0 > 1) value = std::nextafterf(value, HUGE_VALF);
        };
      }, test_attention},
+    {"a span of keys is off in the fourth digit", [](Kernels& k) {
+       k.attend_span = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1,
+                          int64_t span, float* partial, std::byte* scratch) {
+         AttentionArgs other = a;
+         other.scale *= 1.0003f;
+         sound->attend_span(other, sequence, head, token0, token1, span, partial, scratch);
+       };
+     }, test_attention},
+    {"the spans of keys are joined from the first one alone", [](Kernels& k) {
+       k.attend_join = [](const AttentionArgs& a, int64_t sequence, int64_t head, int64_t token0, int64_t token1,
+                          const float* partials, int64_t, std::byte* scratch) {
+         sound->attend_join(a, sequence, head, token0, token1, partials, 0, scratch);
+       };
+     }, test_attention},
     {"a log of a sum is off in the sixth digit", [](Kernels& k) {
        k.logsumexp = [](const float* x, int64_t n) { return sound->logsumexp(x, n) * (1 + 1e-6); };
      }, test_vocabulary},

@@ -12,9 +12,9 @@ import pytest
 from programs import TOKENS_OF, batch, limits, pack, sampling
 from support import random_arrays, tiny_graph
 
-from hasten import _native, formats
+from hasten import formats
 from hasten.backends import native
-from hasten.errors import BackendError
+from hasten.errors import BackendError, InputError
 from hasten.graph.graph import TOKENS, GraphBuilder
 from hasten.graph.ops import Embed, Linear, SelectRows
 
@@ -201,23 +201,108 @@ def test_memory_adds_up(small):
     assert 48 * 24 * 4 < found["buffers"] < 4 << 20
 
 
+# Vocabulary of 40000: beyond top_k 1024, or 4096 candidates, filters are cut by all threads.
+DRAWS = [
+    {"temperature": 0},
+    {"temperature": 0, "presence": 9},
+    {},
+    {"temperature": 0.7, "min_p": 0.1},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+    {"top_k": 5000, "top_p": 0.9},
+    {"top_p": 0.95},
+    {"top_p": 0.99, "temperature": 50},
+    {"typical_p": 0.4},
+    {"top_k": 7, "typical_p": 0.8, "repetition": 1.5, "frequency": 0.3},
+    {"top_p": 0.9, "bias": {5: 3.0, 20000: 9.0}, "banned": [1, 17000]},
+    {"typical_p": 0.9, "allowed": range(0, 40000, 3)},
+    {"allowed": [39999, 12], "banned": [39999]},
+    {"allowed": [12], "banned": [12]},
+]
+
+
+def drawn_as(rows):
+    """A row each for `rows` of DRAWS, in one batch."""
+    how = sampling(len(rows), logprobs=3)
+    how.typical_p = np.ones(len(rows), np.float32)
+    how.bias_tokens, how.bias, how.banned, how.allowed, how.history = [], [], [], [], []
+    for row, which in enumerate(rows):
+        given = {"temperature": 1, "seed": 7 * which, "position": which} | DRAWS[which]
+        for name in given.keys() - {"bias", "banned", "allowed"}:
+            getattr(how, name)[row] = given[name]
+        bias, mask = given.get("bias", {}), np.zeros(40000 // 8, np.uint8)
+        for token in given.get("allowed", ()):
+            mask[token // 8] |= 1 << token % 8
+        how.bias_tokens.append(np.array(list(bias), np.int32))
+        how.bias.append(np.array(list(bias.values()), np.float32))
+        how.banned.append(np.array(given.get("banned", []), np.int32))
+        how.allowed.append(mask.view(np.uint32) if "allowed" in given else np.zeros(0, np.uint32))
+        how.history.append(np.array([3, 9, 20001, 9], np.int32))
+        how.prompt_length[row] = 2
+    return how
+
+
+def of_row(drawn, row):
+    return b"".join(x[row].tobytes() for x in (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs))
+
+
+@pytest.fixture(scope="module")
+def large():
+    graph = tiny_graph(vocabulary=40000)
+    weights = pack(graph, random_arrays(graph))
+
+    def step(threads, rows):
+        program = native.compile(graph, weights, limits(threads=threads))
+        return program.step(batch(TOKENS_OF, rows=rows))
+
+    return step
+
+
+def test_every_kind_of_draw_has_the_same_bits_alone_in_company_and_on_any_number_of_threads(large):
+    kinds = list(range(len(DRAWS)))
+    alone = large(1, [39])
+    expected = [of_row(alone.sample(drawn_as([kind])), 0) for kind in kinds]
+    for threads in (1, 2, 5):
+        one, many = large(threads, [39]), large(threads, [39] * len(kinds))
+        assert [of_row(one.sample(drawn_as([kind])), 0) for kind in kinds] == expected
+        together = many.sample(drawn_as(kinds))
+        assert [of_row(together, row) for row in kinds] == expected
+        turned = many.sample(drawn_as(kinds[::-1]))  # what a row's scratch held before is another's now
+        assert [of_row(turned, row) for row in kinds] == expected[::-1]
+    assert len(set(expected)) > 8
+
+
+def test_constraints_that_do_not_fit_are_refused(large):
+    out = large(1, [39])
+    for field, value, message in [
+        ("banned", [np.array([40000], np.int32)], "token 40000 of a ban is not in the vocabulary of 40000"),
+        ("bias_tokens", [np.array([-1], np.int32)], "1 tokens"),
+        (
+            "allowed",
+            [np.zeros(1249, np.uint32)],
+            "a mask of 1249 words for a vocabulary of 40000 tokens, must have 1250",
+        ),
+        ("allowed", [], "sampling has 0 entries for 1 wanted rows"),
+        ("typical_p", np.ones(2, np.float32), "sampling has 2 entries"),
+        ("typical_p", np.ones(1), "typical_p is float64"),
+        ("banned", [np.zeros(1)], "history, bias_tokens and banned must be lists"),
+    ]:
+        how = sampling(1)
+        setattr(how, field, value)
+        with pytest.raises(InputError, match=message):
+            out.sample(how)
+
+
 def test_one_row_of_a_large_vocabulary_has_the_same_bits_on_any_number_of_threads():
     graph = tiny_graph(vocabulary=40000)
     weights = pack(graph, random_arrays(graph))
     found = []
     for threads in (1, 2, 5):
         out = native.compile(graph, weights, limits(threads=threads)).step(batch(TOKENS_OF, rows=[39]))
-        greedy, drawn = (out.sample(sampling(1, temperature=t, seed=3, logprobs=3)) for t in (0, 1))
-        found.append((out.argmax(), out.score(greedy.tokens), greedy.logprobs, drawn.tokens, drawn.logprobs))
-        # The sampler alone draws on one thread, not by pieces.
-        for seed, temperature in ((0, 1.0), (1, 0.7), (2, 3.0)):
-            one = out.sample(sampling(1, temperature=temperature, seed=seed, min_p=0.01 * seed))
-            how = {"temperature": temperature, "seed": seed, "min_p": 0.01 * seed}
-            alone = _native.ops_sample("scalar", out.logits()[0], **how, history=np.zeros(0, np.int32))
-            assert one.tokens[0] == alone[0]
+        greedy = out.sample(sampling(1, temperature=0, logprobs=3))
+        found.append((out.argmax(), out.score(greedy.tokens), greedy.logprobs, greedy.top_logprobs))
     for other in found:
         assert [x.tobytes() for x in other] == [x.tobytes() for x in found[0]]
-    likeliest, score, logprob, *_ = found[0]
+    likeliest, score, logprob, _ = found[0]
     logits = out.logits()[0].astype(np.float64)
     assert likeliest[0] == logits.argmax()
     assert score[0] == logprob[0]

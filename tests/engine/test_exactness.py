@@ -31,16 +31,19 @@ class Request:
 
 
 def requests() -> list[Request]:
-    """Greedy, plain, filtered and penalised ones; some share a prefix of two blocks."""
+    """Greedy, plain, filtered, penalised and constrained ones; some share a prefix of two blocks."""
     random = np.random.default_rng(5)
     shared = random.integers(0, GRAPH.vocabulary, 33).tolist()
-    prompts = [random.integers(0, GRAPH.vocabulary, n).tolist() for n in (1, 17, 40, 5)]
+    prompts = [random.integers(0, GRAPH.vocabulary, n).tolist() for n in (1, 17, 40, 5, 9)]
     common = SamplingParams(max_tokens=14, seed=3, logprobs=3)
     how = [
         replace(common, temperature=0),
         common,
         replace(common, temperature=0.7, top_k=20, top_p=0.9),
         replace(common, min_p=0.05, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2),
+        replace(
+            common, typical_p=0.8, logit_bias={3: 2.0, 7: -100.0}, allowed_token_ids=list(range(2, 40)), min_tokens=9
+        ),
     ]
     own = [Request(p, h) for p, h in zip(prompts, how, strict=True)]
     return [*own, *(Request([*shared, i], h) for i, h in enumerate(how[:2]))]

@@ -163,7 +163,10 @@ def test_stop_tokens_and_min_tokens(llm: LLM) -> None:
     assert found.outputs[0].token_ids == tokens[: first + 1]
     assert found.outputs[0].finish_reason == "stop"
     late = SamplingParams(seed=11, max_tokens=24, stop_token_ids=[stop], min_tokens=24, ignore_eos=True)
-    assert llm.generate("abc", late)[0].outputs[0].token_ids == tokens
+    written = llm.generate("abc", late)[0].outputs[0].token_ids
+    assert written[:first] == tokens[:first]  # the keys of the draws are the same
+    assert stop not in written
+    assert len(written) == 24
 
 
 def test_the_end_of_sequence_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,6 +179,10 @@ def test_the_end_of_sequence_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) ->
     assert found.outputs[0].text == llm.tokenizer.decode(tokens[:at])
     assert found.outputs[0].finish_reason == "stop"
     assert llm.generate("abc", DRAWN)[0].outputs[0].token_ids == tokens  # ignore_eos
+    late = SamplingParams(seed=11, max_tokens=24, min_tokens=at + 3)
+    written = llm.generate("abc", late)[0].outputs[0].token_ids
+    assert written[:at] == tokens[:at]
+    assert tokens[2] not in written[: at + 3]
 
 
 def test_the_context_ends_the_output(llm: LLM) -> None:

@@ -39,6 +39,17 @@ from hasten.errors import InputError
         ({"stop": ["a", ""]}, "stop is"),
         ({"stop_token_ids": ["a"]}, "stop_token_ids is"),
         ({"temperature": None}, "temperature is None"),
+        ({"stop_token_ids": 5}, "stop_token_ids is 5, must be token ids"),
+        ({"typical_p": 0}, "typical_p is 0, must be above 0 and at most 1"),
+        ({"typical_p": "x"}, "typical_p is x, must be a number"),
+        ({"logit_bias": {1: 101}}, "logit_bias of token 1 is 101, must be between -100 and 100"),
+        ({"logit_bias": {1: float("nan")}}, "logit_bias of token 1 is nan, must be a number"),
+        ({"logit_bias": {"1": 1}}, "logit_bias is {'1': 1}, must be a dict from token ids"),
+        ({"logit_bias": [1]}, "logit_bias is [1], must be a dict from token ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is [], must be token ids, one at least"),
+        ({"allowed_token_ids": [1.5]}, "allowed_token_ids is [1.5]"),
+        ({"bad_words": "word"}, "bad_words is word, must be a list of texts that are not empty"),
+        ({"bad_words": ["fine", " "]}, "bad_words is ['fine', ' ']"),
     ],
 )
 def test_values_that_make_no_sense(given: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -43,11 +44,18 @@ def reference_microseconds() -> float:
     return (time.process_time_ns() - started) / 1000
 
 
-@pytest.mark.parametrize(("sequences", "microseconds"), [(1, 50), (16, 75)])
-def test_a_step_of_the_engine_costs_little(sequences: int, microseconds: float) -> None:
+PLAIN = SamplingParams(max_tokens=2000, ignore_eos=True)
+CONSTRAINED = replace(PLAIN, logit_bias={3: 1.0}, allowed_token_ids=[3, 4], stop_token_ids=[5], min_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "params", "microseconds"),
+    [(1, PLAIN, 50), (16, PLAIN, 75), (1, CONSTRAINED, 50), (16, CONSTRAINED, 100)],
+)
+def test_a_step_of_the_engine_costs_little(sequences: int, params: SamplingParams, microseconds: float) -> None:
     engine = Engine(Nothing(), vocabulary=100)  # type: ignore[arg-type]
     for i in range(sequences):
-        engine.add(list(range(1, 20 + i)), SamplingParams(max_tokens=2000, ignore_eos=True))
+        engine.add(list(range(1, 20 + i)), params)
     for _ in range(5):
         engine.step()
     best = reference = np.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -35,6 +35,7 @@ class How:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
@@ -42,42 +43,98 @@ class How:
     position: int = 0
 
 
-def adjusted(logits, how: How, history, prompt_length):
+NOTHING = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class Edits:
+    """What changes logits before anything filters them."""
+
+    history: np.ndarray = field(default_factory=lambda: NOTHING)
+    prompt_length: int = 0
+    bias: tuple[tuple[int, float], ...] = ()
+    banned: tuple[int, ...] = ()
+    allowed: tuple[int, ...] | None = None
+
+
+UNEDITED = Edits()
+
+
+def adjusted(logits, how: How, edits: Edits):
     x = logits.copy()
-    for token in set(history.tolist()):
+    for token, value in edits.bias:
+        x[token] += np.float32(value)
+    for token in set(edits.history.tolist()):
         x[token] = x[token] / np.float32(how.repetition) if x[token] > 0 else x[token] * np.float32(how.repetition)
-    output = history[prompt_length:].tolist()
+    output = edits.history[edits.prompt_length :].tolist()
     for token in set(output):
         x[token] -= np.float32(how.frequency) * np.float32(output.count(token))
         x[token] -= np.float32(how.presence)
+    x[list(edits.banned)] = -np.inf
+    if edits.allowed is not None:
+        x[[t for t in range(len(x)) if t not in set(edits.allowed)]] = -np.inf
     return x
 
 
 def kept(x, how: How):
-    """Ids that the filters leave, of logits already divided by the temperature."""
-    order = sorted(range(len(x)), key=lambda i: (-x[i], i))
+    """Ids that the filters leave, of edited logits."""
+    wide = x.astype(np.float64) / float(np.float32(how.temperature))
+    order = sorted((i for i in range(len(x)) if x[i] > -np.inf), key=lambda i: (-x[i], i))
     if how.top_k:
         order = order[: how.top_k]
-    e = np.exp(x[order].astype(np.float64) - float(x[order[0]]))
+    e = np.exp(wide[order] - wide[order[0]])
     if how.top_p < 1:
         reached = np.flatnonzero(np.cumsum(e) >= float(np.float32(how.top_p)) * e.sum())
         order = order[: int(reached[0]) + 1]
-    return [i for i, v in zip(order, e, strict=False) if v >= how.min_p]
+    order = [i for i, v in zip(order, e, strict=False) if v >= float(np.float32(how.min_p))]
+    if how.typical_p < 1:
+        # Meister et al. 2022, equation 5: by distance of the information from its expectation.
+        p = np.exp(wide[order]) / np.exp(wide[order]).sum()
+        distance = np.abs(-np.log(p) + (p * np.log(p)).sum())
+        by_distance = np.argsort(distance, kind="stable")
+        reached = np.flatnonzero(np.cumsum(p[by_distance]) >= float(np.float32(how.typical_p)))
+        last = int(reached[0]) + 1 if len(reached) else len(order)
+        order = [order[j] for j in by_distance[:last]]
+    return order
 
 
-def expected_token(logits, how: How, history, prompt_length):
-    x = adjusted(logits, how, history, prompt_length)
+def expected_token(logits, how: How, edits: Edits = UNEDITED):
+    x = adjusted(logits, how, edits)
     if how.temperature == 0:
         return int(np.argmax(x))
-    x = x / np.float32(how.temperature)
-    return max(kept(x, how), key=lambda i: float(x[i]) + gumbel(how.seed, how.position, i))
+    scale = float(np.float32(how.temperature))
+    return max(kept(x, how), key=lambda i: float(x[i]) / scale + gumbel(how.seed, how.position, i))
 
 
-NOTHING = np.zeros(0, np.int32)
+def bits(tokens, n):
+    """The bitmask of allowed tokens."""
+    mask = np.zeros((n + 31) // 32, np.uint32)
+    for token in tokens:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    return mask
 
 
-def sample(isa, logits, how: How, history=NOTHING, prompt_length=0):
-    return _native.ops_sample(isa, logits, **vars(how), history=history, prompt_length=prompt_length)
+def draw(isa, logits, how: How, edits: Edits = UNEDITED, top=0):
+    return _native.ops_sample(
+        isa,
+        logits,
+        **vars(how),
+        history=edits.history,
+        prompt_length=edits.prompt_length,
+        bias_tokens=np.array([t for t, _ in edits.bias], np.int32),
+        bias=np.array([v for _, v in edits.bias], np.float32),
+        banned=np.array(edits.banned, np.int32),
+        allowed=None if edits.allowed is None else bits(edits.allowed, len(logits)),
+        top=top,
+    )
+
+
+def sample(isa, logits, how: How, edits: Edits = UNEDITED):
+    return draw(isa, logits, how, edits)[:2]
+
+
+def top_logprobs(isa, logits, count):
+    return draw(isa, logits, How(temperature=0.0), top=count)[2:]
 
 
 def random_logits(seed, n, spread=3.0):
@@ -100,6 +157,11 @@ FILTERS = [
     How(min_p=0.05),
     How(min_p=0.3, temperature=1.5),
     How(top_k=20, top_p=0.8, min_p=0.02, temperature=0.9),
+    How(typical_p=0.2),
+    How(typical_p=0.7, temperature=1.4),
+    How(typical_p=0.95, top_p=0.9),
+    How(typical_p=0.5, top_k=30, top_p=0.9, min_p=0.01),
+    How(typical_p=0.0),
 ]
 PENALTIES = [
     How(),
@@ -118,14 +180,14 @@ def test_equals_its_statement(isa, how, n):
     for seed in range(8):
         drawn = replace(how, seed=seed * 0x9876543210FEDCB % 2**64, position=3 * seed)
         token, logprob = sample(isa, logits, drawn)
-        assert token == expected_token(logits, drawn, NOTHING, 0)
+        assert token == expected_token(logits, drawn)
         wide = logits.astype(np.float64)
         assert logprob == pytest.approx(wide[token] - np.log(np.exp(wide).sum()), abs=2e-6)
 
 
 @isas
 @pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
-@pytest.mark.parametrize("how", [FILTERS[1], FILTERS[2], FILTERS[-1]], ids=repr)
+@pytest.mark.parametrize("how", [FILTERS[1], FILTERS[2], FILTERS[14]], ids=repr)
 def test_penalties(isa, penalty, how):
     both = replace(how, repetition=penalty.repetition, presence=penalty.presence, frequency=penalty.frequency)
     rng = np.random.default_rng(4)
@@ -134,8 +196,8 @@ def test_penalties(isa, penalty, how):
         history = rng.integers(0, 60, 50).astype(np.int32)
         for prompt_length in (0, 20, 50):
             drawn = replace(both, seed=seed)
-            token, logprob = sample(isa, logits, drawn, history, prompt_length)
-            assert token == expected_token(logits, drawn, history, prompt_length)
+            token, logprob = sample(isa, logits, drawn, Edits(history, prompt_length))
+            assert token == expected_token(logits, drawn, Edits(history, prompt_length))
             # Reported of the model's own distribution, whatever the penalties did.
             wide = logits.astype(np.float64)
             assert logprob == pytest.approx(wide[token] - np.log(np.exp(wide).sum()), abs=2e-6)
@@ -151,7 +213,7 @@ def test_ties_go_to_the_lower_id(isa):
     assert {sample(isa, logits, How(top_k=4, seed=s))[0] for s in range(100)} == {7, 50, 51, 260}
     zeros = np.array([-0.0, 0.0, -0.0, 0.0], np.float32)
     assert {sample(isa, zeros, How(top_k=2, seed=s))[0] for s in range(60)} == {0, 1}
-    tokens, _ = _native.ops_top_logprobs(isa, logits, 6)
+    tokens, _ = top_logprobs(isa, logits, 6)
     assert tokens.tolist() == [7, 50, 51, 260, 0, 1]
 
 
@@ -160,7 +222,7 @@ def test_ties_go_to_the_lower_id(isa):
 @pytest.mark.parametrize("count", [1, 5, 20, 600])
 def test_top_logprobs(isa, n, count):
     logits = np.round(random_logits(n, n), 1)  # ties
-    tokens, values = _native.ops_top_logprobs(isa, logits, count)
+    tokens, values = top_logprobs(isa, logits, count)
     order = sorted(range(n), key=lambda i: (-logits[i], i))[:count]
     assert tokens.tolist() == order
     wide = logits.astype(np.float64)
@@ -170,20 +232,21 @@ def test_top_logprobs(isa, n, count):
 @isas
 def test_chosen_logprob_is_the_identical_float(isa):
     logits = random_logits(3, 4000)
-    tokens, values = _native.ops_top_logprobs(isa, logits, 4000)
+    tokens, values = top_logprobs(isa, logits, 4000)
     by_token = dict(zip(tokens.tolist(), values.tolist(), strict=True))
     for how in FILTERS:
         token, logprob = sample(isa, logits, how)
         assert logprob == by_token[token]
 
 
-@pytest.mark.parametrize("how", [How(), How(temperature=1.7), How(top_k=6), How(top_p=0.8), How(min_p=0.1)], ids=repr)
+@pytest.mark.parametrize(
+    "how", [How(), How(temperature=1.7), How(top_k=6), How(top_p=0.8), How(min_p=0.1), How(typical_p=0.6)], ids=repr
+)
 def test_draws_follow_the_distribution(how):
     """Chi-square over keys that differ in seed or position: fails 1 in 10^5 by chance, and the keys are fixed."""
     logits, draws = random_logits(8, 24, spread=1), 6000
-    x = logits / np.float32(how.temperature)
-    ids = kept(x, how)
-    e = np.exp(x[ids].astype(np.float64))
+    ids = kept(logits, how)
+    e = np.exp(logits[ids].astype(np.float64) / how.temperature)
     for key in ("seed", "position"):
         counts = np.zeros(len(logits))
         for i in range(draws):
@@ -197,35 +260,109 @@ def test_draws_follow_the_distribution(how):
         assert z < 4.3
 
 
+LARGE = [
+    How(),
+    How(temperature=0.8, top_k=40, top_p=0.95),
+    How(top_p=0.95),
+    How(top_p=0.5, temperature=2.0),
+    How(top_p=0.999, min_p=0.01),
+    How(top_k=50, temperature=0.8),
+    How(top_k=1500),  # more than each piece picks for itself
+    How(top_k=20000, top_p=0.9, temperature=1.3),
+    How(top_k=151_999),
+    How(min_p=0.1),
+    How(typical_p=0.9),
+    How(typical_p=0.3, temperature=0.7),
+    How(top_k=3000, top_p=0.8, min_p=0.001, typical_p=0.5),
+]
+
+
 @isas
-def test_a_large_vocabulary_is_filtered_right(isa):
-    """Flat and peaked distributions over 152,000 tokens, where selection works in more than one pass."""
-    for spread in (0.1, 2.0, 8.0):
+@pytest.mark.parametrize("how", LARGE, ids=repr)
+def test_a_large_vocabulary_is_filtered_right(isa, how):
+    """Flat and peaked distributions over 152,000 tokens: few candidates on one thread, many by all."""
+    for spread in (0.0, 0.001, 0.1, 2.0, 8.0):
         logits = random_logits(int(spread * 10), 152_000, spread)
-        for how in (
-            How(seed=5),
-            How(seed=6, top_p=0.95),
-            How(seed=7, top_k=50, temperature=0.8),
-            How(seed=8, min_p=0.1),
-        ):
+        for seed in range(3):
+            drawn = replace(how, seed=seed, position=int(spread))
+            assert sample(isa, logits, drawn)[0] == fast_statement(logits, drawn)
+        logits = np.round(logits, 2)  # ties, at the cuts too
+        if how.typical_p == 1:
             assert sample(isa, logits, how)[0] == fast_statement(logits, how)
 
 
 def fast_statement(logits, how: How):
-    """`expected_token` without penalties, vectorised."""
-    x = logits / np.float32(how.temperature)
+    """`expected_token` without edits, vectorised."""
+    x = logits.astype(np.float64) / float(np.float32(how.temperature))
     order = np.lexsort((np.arange(len(x)), -x))
     order = order[: how.top_k] if how.top_k else order
-    e = np.exp(x[order].astype(np.float64) - float(x[order[0]]))
+    e = np.exp(x[order] - x[order[0]])
     reached = np.cumsum(e) >= float(np.float32(how.top_p)) * e.sum()
     size = int(np.argmax(reached)) + 1 if how.top_p < 1 else len(e)
-    ids = order[:size][e[:size] >= how.min_p].astype(np.uint64)
+    order = order[:size][e[:size] >= float(np.float32(how.min_p))]
+    if how.typical_p < 1:
+        p = np.exp(x[order] - x[order[0]])
+        p /= p.sum()
+        nearest = np.argsort(np.abs(np.log(p) - (p * np.log(p)).sum()), kind="stable")
+        order = order[nearest[: int(np.argmax(np.cumsum(p[nearest]) >= float(np.float32(how.typical_p)))) + 1]]
+    ids = order.astype(np.uint64)
     key = finalise((finalise((how.seed + GOLDEN) & MASK) + GOLDEN * (how.position + 1)) & MASK)
     h = np.uint64(key) + np.uint64(GOLDEN) * (ids + np.uint64(1))
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     u = (((h ^ (h >> np.uint64(31))) >> np.uint64(11)) | np.uint64(1)) / 2.0**53
-    return int(ids[np.argmax(x[ids].astype(np.float64) - np.log(-np.log(u)))])
+    return int(ids[np.argmax(x[ids] - np.log(-np.log(u)))])
+
+
+def test_typical_is_what_transformers_keeps():
+    """The tokens ever drawn are those that its TypicalLogitsWarper leaves."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    for spread in (0.5, 2.0):
+        logits = random_logits(int(spread * 7), 40, spread)
+        for mass in (0.2, 0.6, 0.9):
+            warped = transformers.TypicalLogitsWarper(mass)(None, torch.tensor(logits)[None])[0].numpy()
+            left = set(np.flatnonzero(warped > -np.inf).tolist())
+            drawn = {sample(ISAS[0], logits, How(typical_p=mass, temperature=1.0, seed=s))[0] for s in range(4000)}
+            likely = {t for t in left if np.exp(logits[t]) / np.exp(logits[list(left)]).sum() > 0.005}
+            assert likely <= drawn <= left
+
+
+EDITS = [
+    Edits(bias=((3, 100.0),)),
+    Edits(bias=((3, -100.0), (7, 2.5), (16390, 1.0), (33000, 1.5))),
+    Edits(banned=(0, 5, 17000, 39999)),
+    Edits(allowed=(1, 2, 31, 32, 16383, 16384, 39999)),
+    Edits(allowed=(40000,)),
+    Edits(history=np.array([4, 9, 9, 20000, 33000, 4], np.int32), prompt_length=2, bias=((9, 3.0),), banned=(4,)),
+]
+
+
+@isas
+@pytest.mark.parametrize("edits", EDITS, ids=repr)
+@pytest.mark.parametrize("how", [FILTERS[1], FILTERS[2], FILTERS[5], FILTERS[8], FILTERS[14], FILTERS[17]], ids=repr)
+def test_edits_come_before_filters(isa, edits, how):
+    logits = random_logits(2, 40001)
+    wide = logits.astype(np.float64)
+    for seed in range(3):
+        drawn = replace(how, seed=seed, repetition=1.2, presence=0.3, frequency=0.1)
+        token, logprob = sample(isa, logits, drawn, edits)
+        assert token == expected_token(logits, drawn, edits)
+        assert logprob == pytest.approx(wide[token] - np.log(np.exp(wide).sum()), abs=2e-6)
+    assert sample(isa, logits, FILTERS[2])[0] == expected_token(logits, FILTERS[2])  # nothing is left behind
+
+
+@isas
+@pytest.mark.parametrize("how", FILTERS, ids=repr)
+def test_bans_that_leave_nothing(isa, how):
+    logits = random_logits(5, 300)
+    logits[7], logits[[8, 9]] = -np.inf, np.nan
+    assert sample(isa, logits, how, Edits(allowed=(40, 41), banned=(40, 41)))[0] == (
+        40 if logits[40] >= logits[41] else 41
+    )
+    assert sample(isa, logits, how, Edits(banned=tuple(range(300))))[0] == np.nanargmax(logits)
+    assert sample(isa, logits, how, Edits(allowed=()))[0] == np.nanargmax(logits)
+    assert sample(isa, logits, how, Edits(allowed=(7,)))[0] == 7
+    assert sample(isa, np.full(300, -np.inf, np.float32), how, Edits(allowed=(299,)))[0] == 299
 
 
 @isas
@@ -254,7 +391,7 @@ def test_a_vocabulary_of_several_pieces(isa):
     assert token == 20000
     assert logprob == pytest.approx(50 - total, abs=2e-6)
     spread = random_logits(9, 40001, spread=0.1)
-    tokens, values = _native.ops_top_logprobs(isa, spread, 7)
+    tokens, values = top_logprobs(isa, spread, 7)
     wide = spread.astype(np.float64)
     np.testing.assert_allclose(values, wide[tokens] - np.log(np.exp(wide).sum()), atol=2e-6)
     logits[:20000] = -np.inf

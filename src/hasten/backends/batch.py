@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
+UInt32 = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,13 @@ class Batch:
 
 @dataclass
 class SamplingBatch:
-    """How to draw each wanted row's token. Arrays are [rows] unless said otherwise."""
+    """How to draw each wanted row's token. Arrays are [rows] unless said otherwise; lists have an array a row, empty
+    where the row has none.
+
+    In this order: bias is added, penalties are taken, bans are set; temperature divides; top_k, top_p, min_p and
+    typical_p each leave out of what the one before left. Where bans leave nothing, the likeliest allowed token stands
+    for the draw, as if nothing else were banned.
+    """
 
     temperature: Float32  # 0: greedy
     top_k: Int32  # 0: all
@@ -65,12 +72,17 @@ class SamplingBatch:
     history: list[Int32]  # per row: prompt and output tokens, needed where a penalty is set (else empty)
     prompt_length: Int32  # how many of history are prompt
     logprobs: int = 0  # top log-probabilities wanted, the most any row asks
+    typical_p: Float32 | None = None  # 1 or None: all (locally typical sampling, Meister et al. 2022)
+    bias_tokens: list[Int32] | None = None  # per row
+    bias: list[Float32] | None = None  # per row: added to the logits of bias_tokens
+    banned: list[Int32] | None = None  # per row: tokens that are not drawn
+    allowed: list[UInt32] | None = None  # per row: [ceil(vocabulary / 32)], a bit a token, lowest first; empty: all
 
 
 @dataclass
 class Sampled:
     """tokens [rows]; logprobs [rows] of those tokens and top [rows, n], of the model's own distribution (before
-    temperature, penalties and filters), so that a token's value is the same float wherever it appears."""
+    bias, penalties, bans, temperature and filters), so that a token's value is the same float wherever it appears."""
 
     tokens: Int32
     logprobs: Float32

@@ -195,10 +195,11 @@ class NativeOutputs:
             top_tokens=np.empty((rows, s.logprobs), np.int32),
             top_logprobs=np.empty((rows, s.logprobs), np.float32),
         )
-        how = (s.temperature, s.top_k, s.top_p, s.min_p, s.repetition, s.presence, s.frequency, s.seed, s.position)
         try:
             program._native.sample(
-                *how, s.history, s.prompt_length, out.tokens, out.logprobs, out.top_tokens, out.top_logprobs
+                *(s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, s.repetition, s.presence, s.frequency),
+                *(s.seed, s.position, s.history, s.prompt_length, s.bias_tokens, s.bias, s.banned, s.allowed),
+                *(out.tokens, out.logprobs, out.top_tokens, out.top_logprobs),
             )
         except _native.BatchError as error:
             raise InputError(str(error)) from None
@@ -219,7 +220,7 @@ class NativeOutputs:
 
 _BATCH = {"tokens": "i4", "positions": "i4", "starts": "i4", "block_tables": "i4", "rows": "i4", "hidden": "f4"}
 _SAMPLING = {
-    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition", "presence", "frequency"), "f4"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repetition", "presence", "frequency"), "f4"),
     **dict.fromkeys(("top_k", "prompt_length"), "i4"),
     "seed": "u8",
     "position": "i8",
@@ -230,7 +231,7 @@ def _misfit(given: Batch | SamplingBatch, fields: dict[str, str]) -> str:
     """Which array of `given` the core cannot read, and what it must be."""
     for name, dtype in fields.items():
         array, dimensions = getattr(given, name), 2 if name in ("block_tables", "hidden") else 1
-        if array is None and name == "hidden":
+        if array is None and name in ("hidden", "typical_p"):
             continue
         wanted = f"must be a contiguous {np.dtype(dtype).name} array with {dimensions} axes"
         if not isinstance(array, np.ndarray):
@@ -238,7 +239,10 @@ def _misfit(given: Batch | SamplingBatch, fields: dict[str, str]) -> str:
         if array.dtype != dtype or array.ndim != dimensions or not array.flags.c_contiguous:
             strided = "" if array.flags.c_contiguous else "strided "
             return f"{name} is {strided}{array.dtype}{list(array.shape)}, {wanted}"
-    return "history must be a list of contiguous int32 arrays, one a row"
+    return (
+        "history, bias_tokens and banned must be lists of contiguous int32 arrays, one a row; bias of float32, "
+        "allowed of uint32"
+    )
 
 
 class _Planner:

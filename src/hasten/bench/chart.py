@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 PALETTE = ("#8a94a6", "#2563eb", "#f59e0b", "#10b981", "#e11d48", "#7c3aed", "#0891b2", "#65a30d")
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 56, 52  # margins in pixels: axis, edge, title and legend, labels
+LEFT, RIGHT, TOP, BOTTOM = 64, 28, 56, 52  # margins in pixels: axis, edge, title and legend, labels
 
 
 @dataclass(frozen=True)

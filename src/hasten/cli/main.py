@@ -25,8 +25,10 @@ NOT_COMMANDS = frozenset({"cache", "main", "options", "progress", "sampling"})
 
 
 def commands() -> list[str]:
-    """Every subcommand's name."""
-    return sorted(m.name for m in pkgutil.iter_modules(hasten.cli.__path__) if m.name not in NOT_COMMANDS)
+    """Every subcommand's name: its file's, with "-" for "_"."""
+    return sorted(
+        m.name.replace("_", "-") for m in pkgutil.iter_modules(hasten.cli.__path__) if m.name not in NOT_COMMANDS
+    )
 
 
 def load(name: str) -> ModuleType:
@@ -35,7 +37,7 @@ def load(name: str) -> ModuleType:
         close = difflib.get_close_matches(name, commands(), 1)
         hint = f"did you mean {close[0]}?" if close else f"commands: {', '.join(commands())}"
         raise InputError(f"no such command: {name}", hint)
-    return importlib.import_module(f"hasten.cli.{name}")
+    return importlib.import_module(f"hasten.cli.{name.replace('-', '_')}")
 
 
 def main(arguments: list[str] | None = None) -> int:

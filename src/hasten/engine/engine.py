@@ -10,6 +10,7 @@ from typing import Protocol
 from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
 from hasten.engine.blocks import Blocks, salted
+from hasten.engine.constraints import constraints_for
 from hasten.engine.request import PromptScores, SamplingParams, Sequence, choice_seed
 from hasten.engine.sampler import Sampler
 from hasten.engine.scheduler import Scheduler
@@ -24,9 +25,10 @@ MAX_PRIORITY = 100
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of one: text as tokens come."""
+    """What the engine needs of one: text as tokens come, and the tokens of bad words."""
 
     def stream(self, skip_special: bool = True) -> TokenStream: ...
+    def encode(self, text: str, special: bool = True) -> list[int]: ...
 
 
 class Engine:
@@ -74,6 +76,7 @@ class Engine:
         self.check(prompt, params, priority=priority, prompt_logprobs=prompt_logprobs, draws=draws)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         room = self.room if params.max_tokens is None else min(self.room, len(prompt) + params.max_tokens)
+        constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
         salt = salted(cache_salt)
         choices = [
             Sequence(
@@ -81,7 +84,8 @@ class Engine:
                 len(prompt),
                 params,
                 choice_seed(seed, i),
-                limit=room if draws else len(prompt),
+                room if draws else len(prompt),
+                constraints,
                 priority=priority,
                 salt=salt,
                 scores=None if prompt_logprobs is None else PromptScores(prompt_logprobs),

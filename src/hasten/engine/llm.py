@@ -1,9 +1,9 @@
 """The offline API: a model, and texts that it writes. Its shape is the one that vLLM's users know.
 
-What differs from vLLM: `progress` is a callback, and `use_tqdm=True` shows hasten's own lines on stderr; a token
-that would end the text, drawn before `min_tokens`, stays in the output and does not end it, where vLLM forbids drawing
-it; `logprobs` may be as many as the vocabulary; `rank` is None for a drawn token that is not among the likeliest
-asked for; there are no beams, logits processors, adapters or images.
+What differs from vLLM: `progress` is a callback, and `use_tqdm=True` shows hasten's own lines on stderr; `logprobs`
+may be as many as the vocabulary, and are of the model's own distribution; `rank` is None for a drawn token that is not
+among the likeliest asked for; `typical_p` is there; a `logit_bias` outside -100 to 100 is an error, not cut; there are
+no beams, logits processors, adapters or images.
 """
 
 from __future__ import annotations

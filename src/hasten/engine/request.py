@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hasten.errors import InputError
+
+if TYPE_CHECKING:
+    from hasten.engine.constraints import Constraints
 
 FinishReason = Literal["stop", "length", "abort"]
 
 _MASK = 2**64 - 1
 _LARGEST = 2**31 - 1
 MAX_CHOICES = 4096
+MAX_BIAS = 100.0
+"""Either way, as OpenAI's interface has it: such a bias all but bans a token, or all but forces it."""
 COLDEST, HOTTEST = 1e-5, 1e5
 """Temperatures other than 0: beyond these, float32 cannot divide logits by them."""
 
@@ -33,10 +39,12 @@ class SamplingParams:
     top_k: int = 0
     """0 or -1: all."""
     min_p: float = 0.0
+    typical_p: float = 1.0
+    """Of locally typical sampling (Meister et al. 2022), after the other filters; 1: all."""
     max_tokens: int | None = 16
     """None: as many as the context holds."""
     min_tokens: int = 0
-    """Nothing that would end the output does so before; tokens that would are not forbidden, and stay in it."""
+    """Tokens that end the output are not drawn before there are so many; stop texts pass until then."""
     stop: str | list[str] | tuple[str, ...] | None = None
     """Texts that end the output; they are not part of it."""
     stop_token_ids: list[int] | tuple[int, ...] | None = None
@@ -48,6 +56,13 @@ class SamplingParams:
     logprobs: int | None = None
     """How many of the likeliest tokens to give log-probabilities of, besides the drawn one's own."""
     ignore_eos: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    """Token id: what is added to its logit, -100 to 100, before penalties, temperature and filters."""
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    """Only these are drawn. Where other bans leave none of them, the likeliest of them is."""
+    bad_words: list[str] | tuple[str, ...] | None = None
+    """Texts that are not written: where a word's tokens but for the last were just drawn, the last is not, be it at the
+    beginning of the output or after a space. Spelled with other tokens the text may still appear."""
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -62,6 +77,7 @@ class SamplingParams:
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(-1 <= self.top_k <= _LARGEST, "top_k", self.top_k, "between 0 and 2**31 - 1 (0: all tokens)")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _check(0 < self.typical_p <= 1, "typical_p", self.typical_p, "above 0 and at most 1")
         _check(
             self.max_tokens is None or 1 <= self.max_tokens <= _LARGEST,
             "max_tokens",
@@ -87,11 +103,32 @@ class SamplingParams:
         )
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         _check(all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty")
+        _check(_are_tokens(self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids")
+        self._check_constraints()
+
+    def _check_constraints(self) -> None:
+        bias, allowed, words = self.logit_bias, self.allowed_token_ids, self.bad_words
+        if bias is not None:
+            _check(isinstance(bias, Mapping) and _are_tokens(tuple(bias)), "logit_bias", bias, "a dict from token ids")
+            for token, value in bias.items():
+                _check_kind(f"logit_bias of token {token}", value, _NUMBER)
+                _check(
+                    -MAX_BIAS <= value <= MAX_BIAS,
+                    f"logit_bias of token {token}",
+                    value,
+                    f"between -{MAX_BIAS:g} and {MAX_BIAS:g}",
+                )
         _check(
-            all(isinstance(t, int) for t in self.stop_token_ids or ()),
-            "stop_token_ids",
-            self.stop_token_ids,
-            "token ids",
+            allowed is None or (_are_tokens(allowed) and len(allowed) > 0),
+            "allowed_token_ids",
+            allowed,
+            "token ids, one at least",
+        )
+        _check(
+            words is None or (isinstance(words, list | tuple) and all(isinstance(w, str) and w.strip() for w in words)),
+            "bad_words",
+            words,
+            "a list of texts that are not empty",
         )
 
     @property
@@ -107,6 +144,7 @@ _KINDS = {
     "top_p": _NUMBER,
     "top_k": _WHOLE,
     "min_p": _NUMBER,
+    "typical_p": _NUMBER,
     "max_tokens": _WHOLE,
     "min_tokens": _WHOLE,
     "seed": _WHOLE,
@@ -123,6 +161,12 @@ def _check_kind(name: str, value: object, kind: tuple[type | tuple[type, ...], s
         return
     fits = isinstance(value, kind[0]) and not isinstance(value, bool)
     _check(fits and (not isinstance(value, float) or math.isfinite(value)), name, value, kind[1])
+
+
+def _are_tokens(values: object) -> bool:
+    return values is None or (
+        isinstance(values, list | tuple) and all(isinstance(t, int) and not isinstance(t, bool) for t in values)
+    )
 
 
 def _check(fine: bool, name: str, value: object, must: str) -> None:
@@ -189,6 +233,8 @@ class Sequence:
     seed: int
     limit: int
     """Tokens, the prompt's included, at which it ends."""
+    constraints: Constraints | None = None
+    """On what it may draw, where the parameters' numbers alone do not say it."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     hashes: list[bytes] = field(default_factory=list)

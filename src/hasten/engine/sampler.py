@@ -8,24 +8,29 @@ from hasten.backends.batch import Sampled, SamplingBatch
 from hasten.engine.request import SamplingParams, Sequence
 
 _NOTHING = np.zeros(0, dtype=np.int32)
+_NO_BIAS = np.zeros(0, dtype=np.float32)
+_NO_MASK = np.zeros(0, dtype=np.uint32)
 
 
 class Sampler:
-    """Arrays of the last step are used again while the same sequences draw: only positions change."""
+    """Arrays of the last step are used again while the same sequences draw; positions, histories and bans are new."""
 
     def __init__(self) -> None:
         self._last: list[Sequence] = []
         self._batch: SamplingBatch | None = None
-        self._penalised = False
+        self._penalised = self._constrained = False
 
     def batch(self, sequences: list[Sequence]) -> SamplingBatch:
         """How to draw the next token of each of `sequences`, in this order."""
         if self._batch is None or sequences != self._last:
             self._last, self._batch = sequences, _build(sequences)
             self._penalised = any(penalised(s.params) for s in sequences)
+            self._constrained = any(s.constraints is not None for s in sequences)
         self._batch.position[:] = [len(s.tokens) for s in sequences]
         if self._penalised:
             self._batch.history = [np.array(s.tokens, np.int32) if penalised(s.params) else _NOTHING for s in sequences]
+        if self._constrained:
+            self._batch.banned = [_NOTHING if s.constraints is None else s.constraints.banned(s) for s in sequences]
         return self._batch
 
 
@@ -35,7 +40,7 @@ def penalised(params: SamplingParams) -> bool:
 
 def _build(sequences: list[Sequence]) -> SamplingBatch:
     params = [s.params for s in sequences]
-    return SamplingBatch(
+    batch = SamplingBatch(
         temperature=np.array([p.temperature for p in params], np.float32),
         top_k=np.array([max(p.top_k, 0) for p in params], np.int32),
         top_p=np.array([p.top_p for p in params], np.float32),
@@ -49,6 +54,14 @@ def _build(sequences: list[Sequence]) -> SamplingBatch:
         prompt_length=np.array([s.prompt_length * penalised(s.params) for s in sequences], np.int32),
         logprobs=max((p.logprobs or 0 for p in params), default=0),
     )
+    if any(p.typical_p < 1 for p in params):
+        batch.typical_p = np.array([p.typical_p for p in params], np.float32)
+    constraints = [s.constraints for s in sequences]
+    if any(constraints):
+        batch.bias_tokens = [c.bias_tokens if c else _NOTHING for c in constraints]
+        batch.bias = [c.bias if c else _NO_BIAS for c in constraints]
+        batch.allowed = [c.allowed if c else _NO_MASK for c in constraints]
+    return batch
 
 
 def record(sequences: list[Sequence], sampled: Sampled) -> None:

@@ -42,9 +42,10 @@ class Spelling:
     def _decode(self, before: int | None, token: int) -> str:
         if before is None:
             return self._tokenizer.decode([token], skip_special=False)
-        if before not in self._alone:
-            self._alone[before] = self._tokenizer.decode([before], skip_special=False)
-        return self._tokenizer.decode([before, token], skip_special=False)[len(self._alone[before]) :]
+        alone = self._alone.get(before)  # several threads may spell: what one has found another may forget
+        if alone is None:
+            alone = self._alone[before] = self._tokenizer.decode([before], skip_special=False)
+        return self._tokenizer.decode([before, token], skip_special=False)[len(alone) :]
 
     def bytes(self, token: int, text: str) -> list[int] | None:
         """The token's bytes; None where its text does not say them and its spelling neither."""

@@ -20,10 +20,6 @@ SAMPLING = (
 )
 """Fields that SamplingParams takes under the same name, as far as it knows them."""
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "typical_p": (1.0,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "include_stop_str_in_output": (False,),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
@@ -75,7 +71,7 @@ def _check_bounds(request: Generation, limits: HttpLimits) -> None:
     if len(stops) > limits.stops or any(not 0 < len(stop) <= limits.stop_length for stop in stops):
         allowed = f"{limits.stops} texts of 1 to {limits.stop_length} characters"
         raise RequestError(f"stop may hold at most {allowed}", "stop")
-    for name in ("stop_token_ids", "bad_words", "logit_bias"):
+    for name in ("stop_token_ids", "bad_words", "logit_bias", "allowed_token_ids"):
         if len(getattr(request, name) or ()) > limits.ids:
             raise RequestError(f"{name} may hold at most {limits.ids}", name)
     if any(len(word) > limits.stop_length for word in request.bad_words or ()):

@@ -116,6 +116,7 @@ def make_server(app: FastAPI, drain_seconds: float) -> Server:
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
+        timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(drain_seconds)),
         backlog=1024,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -102,7 +103,7 @@ class _Run:
         blank = {"usage": None} if with_usage else {}
         async for number, delta in merged(self._tickets):
             self._usage.add(number, delta)
-            yield event({**self._head, "choices": [self._part(number, delta)], **blank})
+            yield event({**self._head, "choices": [await self._made(number, delta)], **blank})
         if with_usage:
             yield event({**self._head, "choices": [], "usage": self._usage.document})
         yield DONE
@@ -111,9 +112,15 @@ class _Run:
         choices: list[dict[str, Any]] = [{} for _ in self._choices]
         async for number, delta in merged(self._tickets):
             self._usage.add(number, delta)
-            part = self._part(number, delta)
+            part = await self._made(number, delta)
             _join(choices[part["index"]], part)
         return {**self._head, "choices": choices, "usage": self._usage.document}
+
+    async def _made(self, number: int, delta: Delta) -> dict[str, Any]:
+        """`_part`, on another thread where a whole prompt's log-probabilities are to be spelled."""
+        if delta.prompt_scores:
+            return await asyncio.to_thread(self._part, number, delta)
+        return self._part(number, delta)
 
     def _part(self, number: int, delta: Delta) -> dict[str, Any]:
         """What a delta adds to its choice, in the form of a streamed choice."""
