@@ -13,9 +13,10 @@ VENV ?= .venv
 EXTRAS ?=
 PROMPT ?= def read_config(path
 MODEL ?= demo
-FORMAT ?= int4-g128,int8-g128
+FORMAT ?= int4-g32,int8-g32
 AGAINST ?= llama.cpp,openvino,transformers
 BENCH ?=
+SANITIZERS ?= address,undefined thread
 
 bin := $(VENV)/bin
 pip := $(bin)/python -m pip --disable-pip-version-check
@@ -49,7 +50,7 @@ check:
 
 # Each sanitizer is a build of its own; whatever it finds ends the program with an error.
 sanitize: $(VENV)/cmake
-	@for kind in address,undefined thread; do \
+	@for kind in $(SANITIZERS); do \
 	  build=build/sanitize-$${kind%%,*}; \
 	  echo "== $$kind" && $(bin)/cmake -S . -B $$build -DHASTEN_PYTHON=OFF -DHASTEN_SANITIZE=$$kind >/dev/null && \
 	  $(bin)/cmake --build $$build --target test_kernels -j 2 >$$build/log 2>&1 || { tail -50 $$build/log; exit 1; }; \

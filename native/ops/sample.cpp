@@ -60,7 +60,7 @@ int64_t likeliest_allowed(const SampleRow& how, int64_t n, int64_t likeliest) {
   if (how.allowed == nullptr) return likeliest;
   int64_t best = -1;
   for (int64_t i = 0; i < n; ++i)
-    if ((how.allowed[i / 32] >> i % 32 & 1u) != 0 && (best < 0 || how.logits[i] > how.logits[best])) best = i;
+    if ((how.allowed[i / 32] >> i % 32 & 1u) != 0 && (best < 0 || pack(how.logits[i], i) > pack(how.logits[best], best))) best = i;
   return best < 0 ? likeliest : best;
 }
 
@@ -141,7 +141,9 @@ class Sampling {
       own.token = static_cast<int32_t>(likeliest_allowed(how, n_, own.own.likeliest));
       return own.way = Way::decided;
     }
-    if (how.temperature == 0) return own.way = Way::decided;
+    // An infinite logit has all the weight; sums that are no numbers cannot cut anything.
+    const bool sound = own.drawn.most < kInfinity && (how.top_p >= 1 || how.ranked(n_) || std::isfinite(own.total));
+    if (how.temperature == 0 || !sound) return own.way = Way::decided;
     if (!how.filtered(n_)) return own.way = Way::plain;
     if (how.ranked(n_) && how.top_k <= kMostBest) return own.way = Way::best;
     return own.way = n_ <= kFew || (how.top_p < 1 && !how.ranked(n_)) ? Way::floored : Way::many;
@@ -259,7 +261,8 @@ class Sampling {
     while (left) {
       share(pieces, [&](int64_t i) { tally(i); });
       left = false;
-      for (int64_t r = 0; r < rows; ++r) left |= advance(r);
+      share(rows, [&](int64_t r) { advance(r); });
+      for (int64_t r = 0; r < rows; ++r) left |= searching(r);
     }
     share(pieces, [&](int64_t i) { draw_kept(i); });
     for (int64_t r = 0; r < rows; ++r)
@@ -279,13 +282,12 @@ class Sampling {
     own.cuts.tally(p.logits, p.scaled.data(), p.size, p.first, *p.tally);
   }
 
-  bool advance(int64_t r) {
-    if (!searching(r)) return false;
+  void advance(int64_t r) {
+    if (!searching(r)) return;
     Row& own = row(r);
     own.tallies.clear();
     for (const Piece& p : pieces_of(r)) own.tallies.push_back(p.tally.get());
     own.cuts.advance(own.tallies);
-    return own.cuts.searching();
   }
 
   void draw_kept(int64_t i) {

@@ -15,7 +15,7 @@ constexpr Blocking kMany[] = {{6, 128, 128 * KiB}, {6, 64, 128 * KiB}, {6, 256, 
 
 }  // namespace
 
-int Tuning::regime(int64_t tokens) { return tokens == 1 ? 0 : tokens <= 4 ? 1 : tokens <= 32 ? 2 : 3; }
+int Tuning::regime(int64_t tokens) { return tokens == 1 ? 0 : tokens <= 4 ? 1 : tokens <= 32 ? 2 : tokens <= 128 ? 3 : 4; }
 
 std::span<const Blocking> Tuning::candidates(int regime) {
   if (regime < 3) return kFew;

@@ -17,7 +17,7 @@ struct Blocking {
 
 class Tuning {
  public:
-  static constexpr int kRegimes = 4;  // steps of 1, 2 to 4, 5 to 32 and more tokens
+  static constexpr int kRegimes = 5;  // steps of 1, 2 to 4, 5 to 32, 33 to 128 and more tokens
   static int regime(int64_t tokens);
   static std::span<const Blocking> candidates(int regime);            // the first is what is used unmeasured
   static int64_t most_tokens();                                       // of any candidate

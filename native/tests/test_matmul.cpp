@@ -199,6 +199,11 @@ void test_matmul_int(const Kernels& k) {
     const TestWeight weight(kind.kind, 70, 172, 64, 31);
     check_splits(k, kind.name, weight, IntInput(23, 172, 32, 32, false), 23);
     for (const int64_t tokens : kTokens) check_integers(k, kind, {17, 96}, 32, 32, tokens);
+    // More tokens than read weights as they are stored, more columns than are unpacked at a time.
+    const TestWeight wide(kind.kind, 18, 1234, 64, 33);
+    const IntInput many(45, 1234, 32, 34, false);
+    check_formula(kind.name, wide, many, multiply(k, wide, many, 0, 45, 0, wide.view().panels()), 45, 1e-6);
+    check_splits(k, kind.name, wide, many, 45);
   }
 }
 

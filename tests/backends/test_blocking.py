@@ -80,7 +80,7 @@ def test_no_way_of_cutting_changes_a_bit(cache: Path, tokens: int) -> None:
     for way in WAYS:
         other = program(tune=False, tokens=max(60, tokens))
         for signature in signatures:
-            for regime in range(4):
+            for regime in range(5):
                 other._native.remember((signature, regime, *way))
         taken += len(other._native.blockings()) > 0
         np.testing.assert_array_equal(run(other, tokens).view(np.uint32), expected.view(np.uint32))

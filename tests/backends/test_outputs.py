@@ -201,7 +201,7 @@ def test_memory_adds_up(small):
     assert 48 * 24 * 4 < found["buffers"] < 4 << 20
 
 
-# Vocabulary of 40000: beyond top_k 1024, or 4096 candidates, filters are cut by all threads.
+# Vocabulary of 40000: beyond top_k 1024, or 2048 candidates, filters are cut by all threads.
 DRAWS = [
     {"temperature": 0},
     {"temperature": 0, "presence": 9},

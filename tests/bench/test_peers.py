@@ -111,7 +111,7 @@ def test_every_peer_keeps_the_contract(name: str) -> None:
     peer = peers.get(name)
     for bits in (4, 8, 16):
         found = peer.variants(bits)
-        assert found[0].mix == "equal bytes"
+        assert found[0].mix == "alike"
         assert len({v.name for v in found}) == len(found)
         for kind in ("prefill", "decode", "depth", "ttft-warm", "ttft-cold"):
             assert all(isinstance(c, dict) for v in found for c in peer.choices(Workload(kind, kind), v))

@@ -53,3 +53,6 @@ def test_least_times_follow_from_the_limits() -> None:
     assert work.prompt_seconds(3, limits) == pytest.approx(integer / 10e9 + attention / 5e9)
     steps = [work.step_bytes + 2 * (2 * KV_HEADS * HEAD_DIM * (p + 1) * 4) for p in (3, 4)]
     assert work.decode_seconds(3, 2, 2, limits) == pytest.approx(sum(steps) / 2e9)
+    fast = Limits(memory_read_gbs=1e6, int8_gmacs=10.0, bf16_gmacs=5.0, threads=1)  # products take longer than bytes
+    products = 2 * (64 * 64 + 2 * 32 * 64 + 96 * 64) / 10e9 + 2 * HEADS * HEAD_DIM * (4 + 5) / 5e9
+    assert work.decode_seconds(3, 2, 8, fast) == pytest.approx(8 * products)

@@ -398,3 +398,18 @@ def test_a_vocabulary_of_several_pieces(isa):
     assert sample(isa, logits, How(temperature=0.0))[0] == 20000
     logits[:16384] = np.nan  # never wins
     assert sample(isa, logits, How(temperature=0.0))[0] == 20000
+
+
+@isas
+@pytest.mark.parametrize("vocabulary", [50, 40000])
+@pytest.mark.parametrize("how", FILTERS, ids=repr)
+def test_an_infinite_logit_is_always_drawn_and_a_nan_never(isa, vocabulary, how):
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=vocabulary).astype(np.float32)
+    logits[[3, 30]] = np.nan
+    for seed in range(20):
+        token = sample(isa, logits, replace(how, seed=seed))[0]
+        assert 0 <= token < vocabulary
+        assert token not in (3, 30)
+    logits[17] = np.inf
+    assert {sample(isa, logits, replace(how, seed=seed))[0] for seed in range(20)} == {17}

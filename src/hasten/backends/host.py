@@ -31,6 +31,15 @@ def native_build() -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
+@functools.cache
+def sources() -> str:
+    """A hash of the package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(_native.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def cache_folder() -> Path | None:
     """hasten's folder in the user's cache; None where the user has no home."""
     try:

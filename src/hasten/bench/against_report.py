@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from hasten.bench import machine
-from hasten.bench.contenders import Field
+from hasten.bench.contenders import Contender, Field
 
 DESCRIPTIONS = {
     "prefill": "a prompt of {tokens} tokens, to its first token",
@@ -42,6 +43,7 @@ def document(
                 "version": c.version,
                 "bits": c.variant.bits,
                 "mix": c.variant.mix,
+                "bytes_ratio": c.prepared.step_bytes / _ours(field, c.variant.bits).prepared.step_bytes,
                 "step_bytes": c.prepared.step_bytes,
                 "file_bytes": c.prepared.file_bytes,
                 "peak_resident": cold["engines"].get(c.name, {}).get("peak", 0) if cold else 0,
@@ -52,6 +54,12 @@ def document(
         "left_out": list(left_out),
         "workloads": list(results),
     }
+
+
+def _ours(field: Field, bits: int) -> Contender:
+    """The hasten that is compared with peers of so many bits, or the first."""
+    ours = [c for c in field.contenders if c.peer == "hasten"]
+    return next((c for c in ours if c.variant.bits == bits), ours[0])
 
 
 def cell(figures: Mapping[str, Any]) -> str:
@@ -88,7 +96,7 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
                 "engine": name,
                 "figure": f"{cell(figures)} {figures.get('unit', '')}".strip(),
                 "of limit": percent(figures),
-                "set to": ", ".join(f"{k} {v}" for k, v in (figures.get("choice") or {}).items() if k != "via"),
+                "set to": setting(figures),
                 "hasten is": "; ".join(
                     f"{times(value)}{' *' if best == name else ''}{f' [{ours[7:]}]' if len(shown) > 1 else ''}"
                     for ours, value, best in shown
@@ -96,6 +104,12 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
             }
             made.append(row)
     return made
+
+
+def setting(figures: Mapping[str, Any]) -> str:
+    """What the engine was set to, and how it was asked where that was not by its own tool."""
+    parts = [f"{k} {v}" for k, v in (figures.get("choice") or {}).items() if k != "via"]
+    return ", ".join(parts + ["C interface"] * (figures.get("via") == "C interface"))
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -120,9 +134,14 @@ def head(found: Mapping[str, Any]) -> str:
     model, here = found["model"], found["machine"]
     weights = "random weights" if model["random_weights"] else "its own weights"
     return (
-        f"{model['source']}: {model['parameters'] / 1e6:,.1f}M parameters, {weights}. {here['cpu']}, "
+        f"{name_of(found)}: {model['parameters'] / 1e6:,.1f}M parameters, {weights}. {here['cpu']}, "
         f"{found['threads']} threads, {here['instruction_set']}; {found['rounds']} rounds. {limits(found)}"
     )
+
+
+def name_of(found: Mapping[str, Any]) -> str:
+    """The model as it is shown: no paths of the machine that measured."""
+    return Path(found["model"]["source"]).name
 
 
 def limits(found: Mapping[str, Any]) -> str:
@@ -142,9 +161,10 @@ def limits(found: Mapping[str, Any]) -> str:
 def facts(engine: Mapping[str, Any]) -> str:
     mib = {key: engine[key] / 2**20 for key in ("step_bytes", "file_bytes", "peak_resident")}
     peak = f", peak of its process {mib['peak_resident']:,.0f} MiB" if engine["peak_resident"] else ""
+    mix = "its own mix of types, " if engine["mix"] == "default" else ""
     return (
-        f"{engine['version']}, {engine['mix']}; a step reads {mib['step_bytes']:,.1f} MiB of weights, "
-        f"its file has {mib['file_bytes']:,.1f}{peak}"
+        f"{engine['version']}, {mix}{engine['bytes_ratio']:.2f} of hasten's bytes: a step reads "
+        f"{mib['step_bytes']:,.1f} MiB of weights, its file has {mib['file_bytes']:,.1f}{peak}"
     )
 
 
@@ -168,11 +188,15 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
         "",
         "Engines take turns within a round, so a ratio compares neighbours in time; it says how much faster hasten is. "
         "Each figure is the median over rounds with the lowest and highest. The share of the limit holds the least "
-        "time for the engine's own bytes (decode) or products (prefill) against the machine's limits measured in the "
-        "same rounds. Settings that a peer offers were tried first and the fastest taken. `*` marks the best peer.",
+        "time for the engine's own bytes or products, whichever takes longer (of a prompt: its products), against the "
+        "best of the machine's limits measured in the same rounds. Settings that a peer offers were tried first, twice "
+        "each, and the fastest taken; what has none is as it sets itself. `*` marks the best peer.",
+        "",
+        "Without VNNI the int8 limit is that of bytes multiplied, widened and added, as any weights of 8 bits need. "
+        "Weights of 4 bits and fewer need less, and may pass it: 1.6 times is what their instructions would allow.",
     ]
     for found in documents:
-        parts += ["", f"## {found['model']['source']}", "", head(found), ""]
+        parts += ["", f"## {name_of(found)}", "", head(found), ""]
         kinds = {w["kind"]: DESCRIPTIONS[w["kind"]].format(**w) for w in found["workloads"]}
         parts += [f"- `{kind}`: {text}" for kind, text in kinds.items() if not kind.startswith(("prefill", "de"))]
         shown = rows(found)
@@ -186,7 +210,6 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     import argparse
     import json
-    from pathlib import Path
 
     parser = argparse.ArgumentParser(description="Markdown from the report.json files of benches beside peers")
     parser.add_argument("reports", nargs="+", type=Path)

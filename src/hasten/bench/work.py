@@ -48,9 +48,13 @@ class Work:
         return self.step_bytes + batch * (self.token_bytes + round(cache))
 
     def decode_seconds(self, prompt: int, new: int, batch: int, limits: Limits) -> float:
-        """The least time for `new` steps from depth `prompt`: every byte read once, at the memory's limit."""
-        total = sum(self.decode_bytes(p, batch) for p in range(prompt, prompt + new))
-        return total / (limits.memory_read_gbs * 1e9)
+        """The least time for `new` steps from depth `prompt`: every byte read once, or every product, if longer."""
+        positions = range(prompt, prompt + new)
+        read = sum(self.decode_bytes(p, batch) for p in positions) / (limits.memory_read_gbs * 1e9)
+        attention = sum(2 * a.heads * a.head_dim * seen(a, p) for a in self.attention for p in positions)
+        integer, floating = (new * (t + r) for t, r in zip(self.token_macs, self.row_macs, strict=True))
+        products = integer / (limits.int8_gmacs * 1e9) + (floating + attention) / (limits.bf16_gmacs * 1e9)
+        return max(read, batch * products)
 
 
 def seen(attention: Attention, position: int) -> int:

@@ -163,7 +163,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
     """Prepare every engine, measure all in turn, and show, write or print what was found."""
     import hasten
     from hasten import checkpoint
-    from hasten.backends.host import native_build
+    from hasten.backends.host import native_build, sources
     from hasten.bench import against, against_chart, against_report, contenders, machine, workloads
 
     model = checkpoint.open(options.model, weights=not options.random_weights)
@@ -192,7 +192,7 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
                 options.rounds,
                 threads,
                 options.cache.kv_format,
-                [here.cpu, here.instruction_set, native_build()],
+                [here.cpu, here.instruction_set, native_build(), sources()],
                 sorted(f"{c.name} {c.version}" for c in field.contenders),
             ]
         )

@@ -33,8 +33,8 @@ class Variant:
     """As the tables show it, the peer's name before it."""
     bits: int
     """4, 8 or 16: what it is compared with."""
-    mix: str = "equal bytes"
-    """ "equal bytes": head and embeddings like the rest; "default": the peer's own choice."""
+    mix: str = "alike"
+    """ "alike": head and embeddings as the rest; "default": the peer's own choice."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -71,15 +71,16 @@ def environment(home: Environment) -> dict[str, str]:
 
 def variants(bits: int) -> list[Variant]:
     name = TYPES[bits].upper()
-    equal = Variant(name, bits, settings={"kind": TYPES[bits]})
-    return [equal] if bits == 16 else [equal, Variant(f"{name} default mix", bits, "default", {"kind": TYPES[bits]})]
+    alike = Variant(name, bits, settings={"kind": TYPES[bits]})
+    mixed = Variant(f"{name} default mix", bits, "default", {"kind": TYPES[bits]})
+    return [alike, mixed] if bits == 4 else [alike]  # of 8 and 16 bits its own mix has one type too
 
 
 def prepare(job: Job, variant: Variant) -> Prepared:
     kind = KINDS[variant.settings["kind"]]
-    path = job.folder / f"{kind.name}{'' if variant.mix == 'equal bytes' else '-default'}.gguf"
+    path = job.folder / f"{kind.name}{'' if variant.mix == 'alike' else '-default'}.gguf"
     if not path.exists():
-        if variant.mix == "equal bytes":
+        if variant.mix == "alike":
             write_gguf(job.model, path, kind.name, job.report)
         else:
             _default_mix(job, path, kind.file_type)

@@ -31,7 +31,9 @@ def environment(home: Environment) -> dict[str, str]:
 
 def variants(bits: int) -> list[Variant]:
     if bits == 4:
-        return [Variant(f"int4 g{GROUP}", 4, settings={"all_layers": True})]  # by default head and embeddings are int8
+        alike = Variant(f"int4 g{GROUP}", 4, settings={"all_layers": True})
+        mixed = Variant(f"{alike.name} default mix", 4, "default", {"all_layers": False})  # head and embeddings in int8
+        return [alike, mixed]
     return [Variant("int8" if bits == 8 else "unquantised", bits, settings={"all_layers": True})]
 
 
@@ -42,7 +44,8 @@ def prepare(job: Job, variant: Variant) -> Prepared:
     arguments = {"bits": variant.bits, "group": GROUP, **variant.settings}
     _made(out, lambda made: once(job.home, SCRIPT, "compress", source=str(source), out=str(made), **arguments), job)
     size = (out / "openvino_model.bin").stat().st_size
-    return Prepared({"path": str(out)}, size - job.embedding * variant.bits // 8, size, kv_bytes=1)
+    embedding_bits = 8 if variant.mix == "default" else variant.bits
+    return Prepared({"path": str(out)}, size - job.embedding * embedding_bits // 8, size, kv_bytes=1)
 
 
 def _made(path: Path, make: Any, job: Job) -> None:

@@ -36,8 +36,7 @@ class LlamaCpp(protocol.Engine):
         if self.tools is None or via == "binding":
             self.open(1, tokens + 1, flash, "f16")
             return {**super().prefill(tokens, least), "via": "C interface"}
-        cold = [] if tokens < CHUNK else ["--no-warmup"]  # the warm-up is as long as the prompt: too long to repeat
-        return self.llama_bench(["-p", str(tokens), "-n", "0", *cold], least, flash)
+        return self.llama_bench(["-p", str(tokens), "-n", "0"], least, flash)
 
     def llama_bench(self, arguments: list[str], least: float, flash: bool) -> dict[str, Any]:
         """Seconds of one test. What it loads and its warm-up are not counted."""
