@@ -31,7 +31,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Optional or slow to import: only inside the functions that use them.
-HEAVY = {"torch", "transformers", "scipy", "matplotlib", "jax", "highspy", "rich"}
+HEAVY = {"torch", "transformers", "scipy", "matplotlib", "jax", "highspy", "rich", "llguidance"}
 
 # Bookkeeping that must be testable in milliseconds (engine/scheduler.py and engine/blocks.py know no numbers).
 PURE = ("engine/scheduler.py", "engine/blocks.py")

@@ -173,7 +173,8 @@ void test_quantise(const Kernels& k);
 void test_matmul_int(const Kernels& k);
 void test_matmul_float(const Kernels& k);
 void test_rows(const Kernels& k);         // norm, rope, elementwise
-void test_vocabulary(const Kernels& k);   // logsumexp, divergence, argmax
+void test_vocabulary(const Kernels& k);   // logsumexp, divergence, argmax, masses
+void test_sampling(const Kernels& k);
 void test_attention(const Kernels& k);
 void test_limits(const Kernels& k);       // what measures the machine
 void test_pool();

@@ -148,6 +148,11 @@ const Fault kFaults[] = {
          return best;
        };
      }, test_vocabulary},
+    {"a mass is off in the fourth digit", [](Kernels& k) {
+       k.masses = [](const float* x, float top, float factor, int64_t n, float* out) {
+         sound->masses(x, top, factor * 1.0001f, n, out);
+       };
+     }, test_vocabulary},
 };
 
 }  // namespace

@@ -17,7 +17,8 @@ struct Part { const char* name; void (*run)(const Kernels& k); };
 constexpr Part kParts[] = {{"quantise", test_quantise},         {"matmul_int", test_matmul_int},
                            {"matmul_float", test_matmul_float}, {"rows", test_rows},
                            {"vocabulary", test_vocabulary},     {"attention", test_attention},
-                           {"limits", test_limits},             {"program", test_program}};
+                           {"limits", test_limits},             {"sampling", test_sampling},
+                           {"program", test_program}};
 
 void test_table(const Kernels& k, bool faults) {
   std::printf("%s:", k.name);

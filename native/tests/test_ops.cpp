@@ -184,6 +184,21 @@ void check_divergence(const Kernels& k, int64_t n) {
          static_cast<int>(n));
 }
 
+void check_masses(const Kernels& k, int64_t n) {
+  Random random(static_cast<uint64_t>(n + 9));
+  const std::vector<float> x = random.normals(n, 9);
+  const float top = *std::max_element(x.begin(), x.end()), factor = 1.25f;
+  Guarded<float> out(n, 4);
+  k.masses(Exact<float>(x, 8).data(), top, factor, n, out.data());
+  expect(out.intact(), "masses of %d: written outside", static_cast<int>(n));
+  for (int64_t i = 0; i < n; ++i) {
+    const double wanted = std::exp((static_cast<double>(x[static_cast<size_t>(i)]) - top) * factor);
+    if (!expect(near(out[i], wanted, 2e-5, 1e-37), "mass %d of %d is %g, not %g", static_cast<int>(i),
+                static_cast<int>(n), static_cast<double>(out[i]), wanted))
+      return;
+  }
+}
+
 void check_argmax(const Kernels& k, int64_t n) {
   Random random(static_cast<uint64_t>(n + 8));
   std::vector<float> x(static_cast<size_t>(n));
@@ -217,6 +232,7 @@ void test_vocabulary(const Kernels& k) {
     check_logsumexp(k, n);
     check_divergence(k, n);
     check_argmax(k, n);
+    check_masses(k, n);
   }
   check_logsumexp(k, 5003);
   check_divergence(k, 5003);

@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from hasten.engine.llm import LLM as LLM
     from hasten.engine.request import RequestOutput as RequestOutput
     from hasten.engine.request import SamplingParams as SamplingParams
+    from hasten.engine.request import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _HOMES = {
     "LLM": "hasten.engine.llm",
     "RequestOutput": "hasten.engine.request",
     "SamplingParams": "hasten.engine.request",
+    "StructuredOutputsParams": "hasten.engine.request",
 }
 
 

@@ -144,6 +144,57 @@ def test_extra_fields_of_other_servers(client: openai.OpenAI, reference: LLM) ->
     assert answer.choices[0].text == expected(reference, PROMPT, **extra)[0].text
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Bo"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_of_a_schema(client: openai.OpenAI, stream: bool) -> None:
+    format: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    answer = client.chat.completions.create(
+        model="demo", messages=MESSAGES, response_format=format, max_tokens=60, seed=3, stream=stream
+    )
+    if stream:
+        choices = [p.choices[0] for p in answer]
+        text, reason = "".join(c.delta.content or "" for c in choices), choices[-1].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    found = json.loads(text)
+    assert (set(found), reason) == ({"name", "age"}, "stop")
+    assert found["name"] in ("Ada", "Bo")
+    assert found["age"] in range(100)
+
+
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [({"regex": "[ab]{5}"}, "[ab]{5}"), ({"choice": ["yes", "no"]}, "yes|no"), ({"grammar": 'start: "x" "y"+'}, "xy+")],
+)
+def test_other_structured_outputs(server: Server, asked: dict[str, Any], pattern: str) -> None:
+    body = {"prompt": PROMPT, "structured_outputs": asked, "max_tokens": 20, "n": 2}
+    choices = server.post("/v1/completions", body).json()["choices"]
+    assert all(re.fullmatch(pattern, c["text"]) or c["finish_reason"] == "length" for c in choices)
+    assert "x" not in asked or len(choices) == 2
+
+
+def test_biases_and_bans(server: Server, reference: LLM) -> None:
+    (token,) = reference.tokenizer.encode("(")
+    ask = {"prompt": PROMPT, "max_tokens": 6, "temperature": 0, "logprobs": 0}
+
+    def tokens(**fields: Any) -> list[str]:
+        answer = server.post("/v1/completions", {**ask, **fields}).json()
+        found: list[str] = answer["choices"][0]["logprobs"]["tokens"]
+        return found
+
+    assert tokens(allowed_token_ids=[token]) == ["("] * 6
+    assert tokens(logit_bias={str(token): 100}) == ["("] * 6
+    plain = tokens()
+    assert plain[0] not in tokens(bad_words=[plain[0]])[:1]
+
+
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len) == ("demo", 512)

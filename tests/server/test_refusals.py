@@ -96,6 +96,20 @@ BOTH = [
     ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"prompt_logprobs": 10**9}, "prompt_logprobs"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": "a{1000}{1000}{1000}"}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"pattern": "a"}}, "structured_outputs.pattern"),
+    ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"json": {"type": "king"}}}, "structured_outputs.json"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"choice": ["x" * 70_000]}}, "structured_outputs.choice"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "response_format"),
     ({"guided_regex": "(a+)+$"}, "guided_regex"),
     ({"model": 3}, "model"),
 ]
@@ -176,25 +190,6 @@ def test_wrong_completions(server: Server, fields: dict[str, Any], param: str | 
 )
 def test_wrong_chats(server: Server, fields: dict[str, Any], param: str, words: str) -> None:
     refused(chat(server, **fields), param, words)
-
-
-@pytest.mark.parametrize("field", ["typical_p", "structured_outputs", "allowed_token_ids", "bad_words", "logit_bias"])
-def test_what_is_not_there_yet_is_refused_or_works(server: Server, field: str) -> None:
-    """Whichever of the two it is, it is not ignored: this must not need a change when the engine learns one of them."""
-    from hasten.server.prepare import KNOWN
-
-    asked = {
-        "typical_p": 0.5,
-        "structured_outputs": {"regex": "a+"},
-        "allowed_token_ids": [300],
-        "bad_words": ["the"],
-        "logit_bias": {"300": 100},
-    }
-    answer = completion(server, **{field: asked[field]})
-    if field in KNOWN:
-        assert answer.status_code == 200
-    else:
-        refused(answer, field, "not supported yet")
 
 
 def test_nulls_are_as_nothing(server: Server) -> None:

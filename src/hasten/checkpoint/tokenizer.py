@@ -100,6 +100,11 @@ class Tokenizer:
         found: str | None = self._tokenizer.id_to_token(id)
         return found
 
+    def definition(self) -> str:
+        """tokenizer.json as the library writes it, for other libraries that read it."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def stream(self, skip_special: bool = True) -> Stream:
         """Decodes a sequence as it grows."""
         return Stream(self, skip_special)

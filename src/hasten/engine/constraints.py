@@ -44,7 +44,7 @@ class Constraints:
             )
         self.bias_tokens: Int32 = np.array(list(bias), np.int32)
         self.bias: Float32 = np.array(list(bias.values()), np.float32)
-        self.allowed: UInt32 = bitmask(allowed, vocabulary) if allowed else np.zeros(0, np.uint32)
+        self._allowed: UInt32 = bitmask(allowed, vocabulary) if allowed else np.zeros(0, np.uint32)
         self._min_tokens = params.min_tokens
         self._always = np.array(sorted(always), np.int32)
         self._early = np.array(sorted(early), np.int32)
@@ -52,6 +52,13 @@ class Constraints:
         self._words: dict[int, list[tuple[list[int], int]]] = {}
         for *before, last in (word for word in words if len(word) > 1):
             self._words.setdefault(before[-1], []).append((before, last))
+
+    def allowed(self, choice: Choice) -> UInt32:
+        """A bit for each token that `choice` may draw now; empty: all."""
+        if choice.guide is None:
+            return self._allowed
+        mask = choice.guide.mask(choice.output)
+        return mask & self._allowed if self._allowed.size else mask
 
     def banned(self, choice: Choice) -> Int32:
         """The tokens that `choice` must not draw now."""
@@ -71,7 +78,13 @@ def constraints_for(
     params: SamplingParams, vocabulary: int, eos_token_ids: Collection[int], encoder: Encoder | None
 ) -> Constraints | None:
     """What a request is constrained by, or None. Raises as Constraints does."""
-    if params.logit_bias or params.allowed_token_ids or params.bad_words or params.min_tokens:
+    if (
+        params.structured_outputs
+        or params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
+        or params.min_tokens
+    ):
         return Constraints(params, vocabulary, eos_token_ids, encoder)
     return None
 

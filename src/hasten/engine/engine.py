@@ -11,6 +11,7 @@ from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
 from hasten.engine.blocks import Blocks, salted
 from hasten.engine.constraints import constraints_for
+from hasten.engine.guidance import Grammar, Guidance
 from hasten.engine.request import PromptScores, SamplingParams, Sequence, choice_seed
 from hasten.engine.sampler import Sampler
 from hasten.engine.scheduler import Scheduler
@@ -25,10 +26,11 @@ MAX_PRIORITY = 100
 
 
 class Tokenizer(Protocol):
-    """What the engine needs of one: text as tokens come, and the tokens of bad words."""
+    """What the engine needs of one: text as tokens come, the tokens of bad words, and all that llguidance reads."""
 
     def stream(self, skip_special: bool = True) -> TokenStream: ...
     def encode(self, text: str, special: bool = True) -> list[int]: ...
+    def definition(self) -> str: ...
 
 
 class Engine:
@@ -49,6 +51,7 @@ class Engine:
         sequences = min(limits.max_sequences, limits.max_rows)
         self.scheduler = Scheduler(self.blocks, limits.max_tokens, sequences, limits.max_rows)
         self.sampler = Sampler()
+        self.guidance = Guidance(tokenizer, vocabulary, self.eos_token_ids)
         self._batches = Batches(self.blocks)
         self._streams: dict[Sequence, TextStream] = {}
 
@@ -66,16 +69,20 @@ class Engine:
         skip_special_tokens: bool = True,
         prompt_logprobs: int | None = None,
         draws: bool = True,
+        grammar: Grammar | None = None,
     ) -> list[Sequence]:
         """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run.
 
         Lower `priority` runs first. Blocks of the cache are shared only with requests of the same `cache_salt`.
         `prompt_logprobs`: note those of the prompt's tokens, and of so many of the likeliest. Without `draws` the
-        prompt is only scored, and nothing is written.
+        prompt is only scored, and nothing is written. `grammar`: what guidance made of params.structured_outputs, on
+        another thread; None: it is made here.
         """
         self.check(prompt, params, priority=priority, prompt_logprobs=prompt_logprobs, draws=draws)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         room = self.room if params.max_tokens is None else min(self.room, len(prompt) + params.max_tokens)
+        if params.structured_outputs and not grammar:
+            grammar = self.guidance.compile(params.structured_outputs)
         constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
         salt = salted(cache_salt)
         choices = [
@@ -85,7 +92,8 @@ class Engine:
                 params,
                 choice_seed(seed, i),
                 room if draws else len(prompt),
-                constraints,
+                constraints=constraints,
+                guide=grammar.start() if grammar else None,
                 priority=priority,
                 salt=salt,
                 scores=None if prompt_logprobs is None else PromptScores(prompt_logprobs),
@@ -146,6 +154,8 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         elif length >= sequence.limit:
             sequence.finish_reason = "length"
+        if sequence.guide and sequence.guide.error:
+            sequence.finish_reason, sequence.stop_reason = "abort", sequence.guide.error
         if sequence.finish_reason:
             self._finish(sequence)
 

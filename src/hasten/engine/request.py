@@ -6,12 +6,13 @@ import math
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hasten.errors import InputError
 
 if TYPE_CHECKING:
     from hasten.engine.constraints import Constraints
+    from hasten.engine.guidance import Guide
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -22,6 +23,54 @@ MAX_BIAS = 100.0
 """Either way, as OpenAI's interface has it: such a bias all but bans a token, or all but forces it."""
 COLDEST, HOTTEST = 1e-5, 1e5
 """Temperatures other than 0: beyond these, float32 cannot divide logits by them."""
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an output must look like; exactly one of these. Raises InputError where none or several are given."""
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema, as a text or an object: the output is a JSON text that it accepts."""
+    regex: str | None = None
+    """The whole output matches, in the syntax of Rust's regex crate: no look-around, no references back."""
+    choice: list[str] | tuple[str, ...] | None = None
+    """The output is one of these."""
+    grammar: str | None = None
+    """In Lark's syntax as llguidance reads it; what it calls `start` is the whole output."""
+    json_object: bool | None = None
+    """True: the output is some JSON object."""
+
+    def __post_init__(self) -> None:
+        given = self._given()
+        if len(given) != 1:
+            raise InputError(
+                f"structured_outputs has {' and '.join(given) or 'nothing'}, must have one of {', '.join(vars(self))}"
+            )
+        kind, check = given[0], _check
+        value = getattr(self, kind)
+        check(kind != "json" or isinstance(value, str | Mapping), "structured_outputs.json", value, "a JSON schema")
+        check(kind != "json_object" or value is True, "structured_outputs.json_object", value, "true or false")
+        check(
+            kind not in ("regex", "grammar") or (isinstance(value, str) and bool(value)),
+            f"structured_outputs.{kind}",
+            value,
+            "a text that is not empty",
+        )
+        check(
+            kind != "choice"
+            or (isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(c, str) and c for c in value)),
+            "structured_outputs.choice",
+            value,
+            "a list of texts that are not empty",
+        )
+
+    @property
+    def kind(self) -> str:
+        """The name of what is given."""
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value is not None and value is not False]
 
 
 @dataclass(frozen=True)
@@ -63,6 +112,8 @@ class SamplingParams:
     bad_words: list[str] | tuple[str, ...] | None = None
     """Texts that are not written: where a word's tokens but for the last were just drawn, the last is not, be it at the
     beginning of the output or after a space. Spelled with other tokens the text may still appear."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must look like, in which case it ends where it is complete, and not where the model likes."""
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
@@ -107,6 +158,16 @@ class SamplingParams:
         self._check_constraints()
 
     def _check_constraints(self) -> None:
+        guided = self.structured_outputs
+        if guided is not None:
+            _check(
+                isinstance(guided, StructuredOutputsParams),
+                "structured_outputs",
+                guided,
+                "StructuredOutputsParams",
+            )
+            _check(not self.ignore_eos, "ignore_eos", self.ignore_eos, "false with structured_outputs")
+            _check(self.min_tokens == 0, "min_tokens", self.min_tokens, "0 with structured_outputs")
         bias, allowed, words = self.logit_bias, self.allowed_token_ids, self.bad_words
         if bias is not None:
             _check(isinstance(bias, Mapping) and _are_tokens(tuple(bias)), "logit_bias", bias, "a dict from token ids")
@@ -235,6 +296,8 @@ class Sequence:
     """Tokens, the prompt's included, at which it ends."""
     constraints: Constraints | None = None
     """On what it may draw, where the parameters' numbers alone do not say it."""
+    guide: Guide | None = None
+    """What its output must look like, followed as far as it was drawn."""
     computed: int = 0
     blocks: array[int] = field(default_factory=lambda: array("i"))
     hashes: list[bytes] = field(default_factory=list)

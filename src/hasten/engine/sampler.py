@@ -30,7 +30,9 @@ class Sampler:
         if self._penalised:
             self._batch.history = [np.array(s.tokens, np.int32) if penalised(s.params) else _NOTHING for s in sequences]
         if self._constrained:
-            self._batch.banned = [_NOTHING if s.constraints is None else s.constraints.banned(s) for s in sequences]
+            constraints = [(s, s.constraints) for s in sequences]
+            self._batch.banned = [_NOTHING if c is None else c.banned(s) for s, c in constraints]
+            self._batch.allowed = [_NO_MASK if c is None else c.allowed(s) for s, c in constraints]
         return self._batch
 
 
@@ -60,7 +62,6 @@ def _build(sequences: list[Sequence]) -> SamplingBatch:
     if any(constraints):
         batch.bias_tokens = [c.bias_tokens if c else _NOTHING for c in constraints]
         batch.bias = [c.bias if c else _NO_BIAS for c in constraints]
-        batch.allowed = [c.allowed if c else _NO_MASK for c in constraints]
     return batch
 
 

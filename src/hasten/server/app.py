@@ -8,6 +8,7 @@ import pkgutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from hasten.engine.request import SamplingParams
 from hasten.errors import HastenError
 from hasten.server import routes
 from hasten.server.config import Config
@@ -30,6 +32,8 @@ from hasten.server.ticket import EngineFault, Overloaded, Unavailable
 
 LARGE = 1 << 16
 """Bytes of a body that are parsed on another thread."""
+COMPILERS = 2
+"""Grammars that are compiled at once; more wait."""
 Handler = TypeVar("Handler", bound=Callable[..., Coroutine[Any, Any, Response]])
 
 
@@ -44,7 +48,19 @@ class Context:
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        self.compilers = ThreadPoolExecutor(COMPILERS, "hasten-grammar")
         self.spelling = Spelling(self.config.served.tokenizer)
+
+    async def grammar(self, params: SamplingParams) -> dict[str, Any]:
+        """The argument of Engine.add that says what the output must look like. Raises InputError where it is invalid.
+
+        Its compilation may take seconds, so it has threads of its own: other requests go on.
+        """
+        if params.structured_outputs is None:
+            return {}
+        compile = self.service.engine.guidance.compile
+        loop = asyncio.get_running_loop()
+        return {"grammar": await loop.run_in_executor(self.compilers, compile, params.structured_outputs)}
 
 
 def create_app(service: Service, config: Config) -> FastAPI:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hasten.errors import CheckpointError, ContextError, HastenError, InputError
+from hasten.errors import CheckpointError, ContextError, DependencyError, HastenError, InputError
 from hasten.server.ticket import EngineFault, Overloaded, Unavailable
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -56,8 +56,10 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(f"the engine failed: {error}", status=500, code="engine_fault")
         case ContextError():
             return RequestError(_with_hint(error), "prompt", code="context_length_exceeded")
+        case DependencyError():
+            return RequestError(_with_hint(error), code="unsupported_parameter")
         case InputError() | CheckpointError():  # the latter: a chat template that is missing or at fault
-            named = re.match(r"([a-z_]+) is ", error.message)
+            named = re.match(r"([a-z_.]+) (?:is|has|takes) ", error.message)
             of_prompt = error.message.startswith(("the prompt", "the text", "token id"))
             return RequestError(_with_hint(error), named[1] if named else "prompt" if of_prompt else None)
     return RequestError("internal error", status=500, code="internal_error")

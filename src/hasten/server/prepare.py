@@ -7,7 +7,7 @@ import dataclasses
 import json
 from typing import Any
 
-from hasten.engine.request import SamplingParams
+from hasten.engine.request import SamplingParams, StructuredOutputsParams
 from hasten.server.config import Config, HttpLimits, Served
 from hasten.server.errors import RequestError, unsupported
 from hasten.server.protocol import ChatRequest, CompletionRequest, Generation, Message
@@ -21,13 +21,12 @@ SAMPLING = (
 """Fields that SamplingParams takes under the same name, as far as it knows them."""
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
-    "structured_outputs": (),
-    "response_format": ({"type": "text"},),
 }
 """Fields that await SamplingParams, with the values that ask for nothing and are taken already."""
 NEVER: dict[str, tuple[Any, ...]] = {"suffix": ("",), "spaces_between_special_tokens": (True,)}
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may say for requests that do not."""
+STRUCTURED = frozenset(field.name for field in dataclasses.fields(StructuredOutputsParams))
 KNOWN = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 INLINE = 4096
 """Characters of text that are encoded at once; longer ones on another thread, so that the event loop goes on."""
@@ -58,9 +57,41 @@ def sampling(request: Generation, config: Config, max_tokens: int | None, logpro
             values[name] = value
     if request.temperature is None and config.served.generation.get("do_sample") is False:
         values["temperature"] = 0.0
+    if guided := structured(request):
+        values["structured_outputs"] = guided
     if request.seed is not None and -(2**63) <= request.seed < 0:
         values["seed"] = request.seed % 2**64
     return SamplingParams(**values)
+
+
+def structured(request: Generation) -> StructuredOutputsParams | None:
+    """What the output must look like, by `structured_outputs` as vLLM has it or OpenAI's `response_format`.
+
+    Raises RequestError or InputError where that makes no sense; whether a schema is one is known when it is compiled.
+    """
+    given, format = request.structured_outputs, request.response_format
+    kind = format.get("type") if format else "text"
+    if given is not None:
+        if kind != "text":
+            raise RequestError("response_format and structured_outputs are both given; give one", "response_format")
+        unknown = next((name for name in given if name not in STRUCTURED), None)
+        if unknown is not None:
+            name = f"structured_outputs.{unknown[:60]}"
+            raise RequestError(f"unknown field '{name}'", name, code="unknown_parameter")
+        return StructuredOutputsParams(**given)
+    if format is None or (kind == "text" and set(format) == {"type"}):
+        return None
+    if kind == "json_object" and set(format) == {"type"}:
+        return StructuredOutputsParams(json_object=True)
+    described = format.get("json_schema")
+    if kind != "json_schema" or not isinstance(described, dict) or set(format) != {"type", "json_schema"}:
+        known = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}}'
+        raise RequestError(f"response_format must be {known}", "response_format")
+    unknown = next((name for name in described if name not in ("name", "description", "schema", "strict")), None)
+    if unknown is not None or not isinstance(described.get("schema"), dict):
+        name = f"response_format.json_schema.{unknown or 'schema'}"[:100]
+        raise RequestError(f"{name} is {'unknown' if unknown else 'missing, or no object'}", name)
+    return StructuredOutputsParams(json=described["schema"])
 
 
 def _check_bounds(request: Generation, limits: HttpLimits) -> None:

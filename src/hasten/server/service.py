@@ -97,7 +97,7 @@ class Service:
         Raises InputError or ContextError where it cannot be run, Overloaded where the queue is full, Unavailable where
         nothing is taken on any more.
         """
-        checked = {k: v for k, v in how.items() if k not in ("cache_salt", "skip_special_tokens")}
+        checked = {k: v for k, v in how.items() if k not in ("cache_salt", "skip_special_tokens", "grammar")}
         self.engine.check(prompt, params, **checked)
         ticket = Ticket(asyncio.get_running_loop(), params.n, self._cancel)
         with self._changed:

@@ -38,6 +38,7 @@ async def chat_completions(request: Request) -> Response:
     family = tools.family(served.template) if offered else None
     if family and tools.special_marks(family):
         how["skip_special_tokens"] = False
+    how |= await context.grammar(params)
     ticket = context.service.submit(prompt, params, **how)
     inside = reasoning.opened(text) if reasoning.thinks(served.template) else None
     run = _Run(context, body, ticket, prompt, [_Choice(prompt[-1], inside, family) for _ in range(params.n)])

@@ -33,6 +33,7 @@ async def completions(request: Request) -> Response:
     prepare.check_model(context.config.served, body.model)
     params, how = _sampling(body, context)
     prompts = await prepare.prompts(body, context.config)
+    how |= await context.grammar(params)
     tickets: list[Ticket] = []
     try:
         for prompt in prompts:

@@ -1,0 +1,185 @@
+"""Structured output: which tokens may follow under a JSON schema, regex, grammar or list of choices, by llguidance.
+
+`Guidance.compile` may run on any thread; a `Guide` follows one choice by its drawn tokens alone, so that preemption and
+recomputation are nothing to it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from array import array
+from collections import OrderedDict
+from collections.abc import Collection
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from hasten.backends.batch import UInt32
+from hasten.engine import trial
+from hasten.engine.request import StructuredOutputsParams
+from hasten.errors import DependencyError, InputError
+
+LONGEST = 65_536
+"""Characters of a schema, regex, grammar or list of choices."""
+PATIENCE = 60.0
+"""Seconds of waiting for a trial, whose processor time is bounded by itself."""
+KEPT = 64
+"""Grammars that are not compiled again when they come again."""
+BLANKS = r" |\n {0,16}|\n\t{0,8}"
+"""What may stand between the parts of a JSON text: a space, or a line's end and an indent. Models that may write blanks
+without end do."""
+
+
+class Definition(Protocol):
+    """What is needed of a tokenizer."""
+
+    def definition(self) -> str: ...
+
+
+class Guidance:
+    """Compiles what outputs must look like, for one model's `vocabulary` tokens. Several threads may use it.
+
+    Nothing is imported or built before it is first needed.
+    """
+
+    def __init__(self, tokenizer: Definition | None, vocabulary: int, eos_token_ids: Collection[int]) -> None:
+        self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, sorted(eos_token_ids)
+        self._lock = Lock()
+        self._tokens: Any = None
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+
+    def compile(self, wanted: StructuredOutputsParams) -> Grammar:
+        """What `wanted` asks for, ready to start. Takes up to some seconds where it is large and new.
+
+        Raises InputError where it is not valid, too large, or takes too long; DependencyError without llguidance.
+        """
+        library = _library()
+        kind, source = _source(library, wanted)
+        with self._lock:
+            if found := self._kept.get(source):
+                self._kept.move_to_end(source)
+                return found
+        tokens = self._known_tokens(library)
+        _try(kind, source)
+        limits = library.LLParserLimits(
+            max_lexer_states=trial.LEXER_STATES, max_grammar_size=trial.GRAMMAR_SIZE, verbose_errors=False
+        )
+        matcher = library.LLMatcher(tokens, source, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise _invalid(kind, matcher.get_error())
+        grammar = Grammar(matcher, (self._vocabulary + 31) // 32)
+        with self._lock:
+            self._kept[source] = grammar
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+    def _known_tokens(self, library: Any) -> Any:
+        """The tokens as llguidance wants them: about a second for a large vocabulary, once."""
+        if self._tokenizer is None:
+            raise InputError("structured_outputs need a tokenizer")
+        if not self._eos:
+            raise InputError("structured_outputs need a token that ends the output, and this model names none")
+        with self._lock:
+            if self._tokens is None:
+                self._tokens = library.LLTokenizer(
+                    self._tokenizer.definition(), n_vocab=self._vocabulary, eos_token=self._eos
+                )
+            return self._tokens
+
+
+class Grammar:
+    """Compiled: starts a guide for each choice."""
+
+    def __init__(self, matcher: Any, words: int) -> None:
+        self._matcher, self._words = matcher, words
+
+    def start(self) -> Guide:
+        return Guide(self._matcher.deep_copy(), self._words)
+
+
+class Guide:
+    """Follows one output. Once it is complete only its end may follow; so too where the library gives up (`error`)."""
+
+    def __init__(self, matcher: Any, words: int) -> None:
+        self._matcher, self._words, self._taken = matcher, words, 0
+
+    def mask(self, output: array[int]) -> UInt32:
+        """[ceil(vocabulary / 32)] a bit for each token that may follow `output`, the tokens drawn so far."""
+        if new := output[self._taken :].tolist():
+            self._matcher.consume_tokens(new)
+            self._taken = len(output)
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+
+    @property
+    def error(self) -> str:
+        """Why the library gave up, where a step met its limits; else empty."""
+        reason = " ".join(self._matcher.get_error().split())
+        return f"structured output was given up: {reason[:200]}" if reason else ""
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise DependencyError("llguidance is not installed", "pip install 'hasten[serve]'") from None
+    return llguidance
+
+
+def _source(library: Any, wanted: StructuredOutputsParams) -> tuple[str, str]:
+    """(field, the library's own text of the grammar)."""
+    kind, value = wanted.kind, getattr(wanted, wanted.kind)
+    if kind in ("json", "json_object"):
+        text = '{"type": "object"}' if kind == "json_object" else value if isinstance(value, str) else _dump(value)
+        _check_length(kind, text)
+        try:
+            grammar = library.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": BLANKS})
+        except ValueError as error:
+            raise _invalid(kind, str(error)) from None
+        return kind, str(grammar)
+    # One symbol of the lexer: as many rules, some thousand choices would be too many for the parser.
+    text = "start: ONE\nONE: " + " | ".join(map(json.dumps, value)) if kind == "choice" else str(value)
+    _check_length(kind, text)
+    make = library.LLMatcher.grammar_from_regex if kind == "regex" else library.LLMatcher.grammar_from_lark
+    return kind, str(make(text))
+
+
+def _dump(schema: object) -> str:
+    try:
+        return json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _invalid("json", str(error)) from None
+
+
+def _check_length(kind: str, text: str) -> None:
+    if len(text) > LONGEST:
+        raise InputError(f"structured_outputs.{kind} has {len(text)} characters, must have {LONGEST} or less")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _invalid(kind, "half of a surrogate pair is no character") from None
+
+
+def _try(kind: str, source: str) -> None:
+    """Compile in a process that can be stopped. Raises InputError where that fails or takes too much."""
+    command = [sys.executable, "-P", trial.__file__]
+    try:
+        done = subprocess.run(command, input=source.encode(), capture_output=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is not None and done.returncode == 0:
+        if done.stdout:
+            raise _invalid(kind, done.stdout.decode(errors="replace"))
+        return
+    raise InputError(
+        f"structured_outputs.{kind} takes more than {trial.SECONDS} s or {trial.BYTES >> 30} GiB to compile",
+        "make it simpler",
+    )
+
+
+def _invalid(kind: str, reason: str) -> InputError:
+    lines = " ".join(reason.split())
+    return InputError(f"structured_outputs.{kind} is not valid: {lines if len(lines) <= 300 else lines[:297] + '...'}")
