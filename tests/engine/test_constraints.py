@@ -138,7 +138,7 @@ class _WithStream(Letters):
         def finish(self) -> str:
             return ""
 
-    def stream(self) -> _Silent:
+    def stream(self, skip_special: bool = True) -> _Silent:
         return self._Silent()
 
 

@@ -121,6 +121,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._templates() != {}
 
+    @property
+    def chat_template(self) -> str:
+        """The source of its chat templates, by which a model's habits are known; "" where there is none."""
+        return "\n".join(self._templates().values())
+
     def _templates(self) -> dict[str, str]:
         """Templates by name; "default" is the one for plain chat. A .jinja file goes before tokenizer_config.json."""
         if (self.path / "chat_template.jinja").exists():

@@ -23,13 +23,13 @@ class Batches:
         self._counts: Int32 = np.zeros(1, np.int32)
 
     def batch(self, spans: list[Span], moves: int) -> Batch:
-        """The arrays of one step; the rows wanted are the last of each sequence that draws.
+        """The arrays of one step; the rows wanted are the last of each sequence that draws or is scored.
 
         `moves` is Scheduler.moves: while it stays, a sequence's blocks only get more.
         """
         tables = self._block_tables([span.sequence for span in spans], moves)
         count = len(spans)
-        if all(span.draws and span.stop - span.start == 1 for span in spans):
+        if all(span.draws and span.stop - span.start == 1 and not span.scores for span in spans):
             return Batch(
                 tokens=np.array([span.sequence.tokens[-1] for span in spans], np.int32),
                 positions=np.array([span.start for span in spans], np.int32),
@@ -43,7 +43,7 @@ class Batches:
             positions=np.concatenate([np.arange(s.start, s.stop, dtype=np.int32) for s in spans]),
             starts=np.array([0, *ends], np.int32),
             block_tables=tables,
-            rows=np.array([end - 1 for end, span in zip(ends, spans, strict=True) if span.draws], np.int32),
+            rows=np.array([r for e, s in zip(ends, spans, strict=True) for r in range(e - s.rows, e)], np.int32),
         )
 
     def _block_tables(self, sequences: list[Sequence], moves: int) -> Int32:

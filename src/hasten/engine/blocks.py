@@ -15,6 +15,13 @@ def chain(parent: bytes, tokens: array[int]) -> bytes:
     return blake2b(parent + tokens.tobytes(), digest_size=16).digest()
 
 
+def salted(salt: str) -> bytes:
+    """What the names of blocks begin with under a cache salt: under another one no name is the same."""
+    return (
+        blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"cache_salt").digest() if salt else b""
+    )
+
+
 class Blocks:
     """`count` blocks of `size` tokens. A block is either free (nobody refers to it) or referred to once or more.
 

@@ -9,23 +9,26 @@ from typing import Protocol
 
 from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
-from hasten.engine.blocks import Blocks
+from hasten.engine.blocks import Blocks, salted
 from hasten.engine.constraints import constraints_for
 from hasten.engine.guidance import Grammar, Guidance
-from hasten.engine.request import SamplingParams, Sequence, choice_seed
-from hasten.engine.sampler import Sampler, record
+from hasten.engine.request import PromptScores, SamplingParams, Sequence, choice_seed
+from hasten.engine.sampler import Sampler
 from hasten.engine.scheduler import Scheduler
+from hasten.engine.scoring import draw
 from hasten.engine.text import TextStream, TokenStream
 from hasten.errors import ContextError, InputError
 
 PROMPT_TAIL = 16
 """Tokens of the prompt that the first token's text may depend on."""
+MAX_PRIORITY = 100
+"""Priorities lie between its negative and it."""
 
 
 class Tokenizer(Protocol):
     """What the engine needs of one: text as tokens come, the tokens of bad words, and all that llguidance reads."""
 
-    def stream(self) -> TokenStream: ...
+    def stream(self, skip_special: bool = True) -> TokenStream: ...
     def encode(self, text: str, special: bool = True) -> list[int]: ...
     def definition(self) -> str: ...
 
@@ -45,7 +48,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.blocks = Blocks(limits.kv_blocks, limits.block_size)
-        self.scheduler = Scheduler(self.blocks, limits.max_tokens, min(limits.max_sequences, limits.max_rows))
+        sequences = min(limits.max_sequences, limits.max_rows)
+        self.scheduler = Scheduler(self.blocks, limits.max_tokens, sequences, limits.max_rows)
         self.sampler = Sampler()
         self.guidance = Guidance(tokenizer, vocabulary, self.eos_token_ids)
         self._batches = Batches(self.blocks)
@@ -55,33 +59,50 @@ class Engine:
     def busy(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def add(self, prompt: list[int], params: SamplingParams, *, grammar: Grammar | None = None) -> list[Sequence]:
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        skip_special_tokens: bool = True,
+        prompt_logprobs: int | None = None,
+        draws: bool = True,
+        grammar: Grammar | None = None,
+    ) -> list[Sequence]:
         """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run.
 
-        `grammar`: what guidance made of params.structured_outputs, on another thread; None: it is made here.
+        Lower `priority` runs first. Blocks of the cache are shared only with requests of the same `cache_salt`.
+        `prompt_logprobs`: note those of the prompt's tokens, and of so many of the likeliest. Without `draws` the
+        prompt is only scored, and nothing is written. `grammar`: what guidance made of params.structured_outputs, on
+        another thread; None: it is made here.
         """
-        self._check(prompt, params)
+        self.check(prompt, params, priority=priority, prompt_logprobs=prompt_logprobs, draws=draws)
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        room = self._room()
-        limit = room if params.max_tokens is None else min(room, len(prompt) + params.max_tokens)
+        room = self.room if params.max_tokens is None else min(self.room, len(prompt) + params.max_tokens)
         if params.structured_outputs and not grammar:
             grammar = self.guidance.compile(params.structured_outputs)
         constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
+        salt = salted(cache_salt)
         choices = [
             Sequence(
                 array("i", prompt),
                 len(prompt),
                 params,
                 choice_seed(seed, i),
-                limit,
+                room if draws else len(prompt),
                 constraints=constraints,
                 guide=grammar.start() if grammar else None,
+                priority=priority,
+                salt=salt,
+                scores=None if prompt_logprobs is None else PromptScores(prompt_logprobs),
             )
             for i in range(params.n)
         ]
         for sequence in choices:
             if self.tokenizer:
-                self._streams[sequence] = _continue_text(self.tokenizer, prompt, params)
+                self._streams[sequence] = _continue_text(self.tokenizer, prompt, params, skip_special_tokens)
             self.scheduler.add(sequence)
         return choices
 
@@ -93,11 +114,12 @@ class Engine:
         outputs = self.program.step(self._batches.batch(spans, self.scheduler.moves))
         self.scheduler.commit(spans)
         drawing = [span.sequence for span in spans if span.draws]
-        if drawing:
-            sampled = outputs.sample(self.sampler.batch(drawing))
-            record(drawing, sampled)
-            for sequence, token in zip(drawing, sampled.tokens.tolist(), strict=True):
+        for sequence, token in zip(drawing, draw(spans, outputs, self.sampler), strict=True):
+            try:
                 self._append(sequence, token)
+            except Exception as error:  # what befalls one is not the others' trouble
+                sequence.error = error
+                self._drop(sequence)
         return drawing
 
     def abort(self, sequence: Sequence) -> None:
@@ -106,7 +128,17 @@ class Engine:
             self._finish(sequence)
             sequence.finish_reason = "abort"
 
+    def _drop(self, sequence: Sequence) -> None:
+        """As abort, where its text may be what failed."""
+        self._streams.pop(sequence, None)
+        self.scheduler.finish(sequence)
+        sequence.finish_reason = "abort"
+
     def _append(self, sequence: Sequence, token: int) -> None:
+        if len(sequence.tokens) >= sequence.limit:  # nothing was to be drawn
+            sequence.finish_reason = "length"
+            self._finish(sequence)
+            return
         sequence.tokens.append(token)
         params, stream = sequence.params, self._streams.get(sequence)
         length = len(sequence.tokens)
@@ -133,28 +165,53 @@ class Engine:
         if stream:
             sequence.text += stream.finish()
 
-    def _room(self) -> int:
+    @property
+    def room(self) -> int:
         """Tokens that one sequence may have: the context, and what the cache holds of it."""
         return min(self.program.limits.context, self.blocks.count * self.blocks.size)
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+    def check(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        prompt_logprobs: int | None = None,
+        draws: bool = True,
+    ) -> None:
+        """Raise as `add` does, without queueing anything; any thread may ask."""
         if not prompt:
             raise InputError("the prompt is empty", "give at least one token")
-        if len(prompt) >= self._room():
+        if len(prompt) + draws > self.room:
+            needs = ", and needs one to answer" if draws else ""
             raise ContextError(
-                f"the prompt has {len(prompt)} tokens; the context holds {self._room()}, and needs one to answer",
+                f"the prompt has {len(prompt)} tokens; the context holds {self.room}{needs}",
                 "shorten the prompt, or raise the context if the model's is longer",
             )
-        wrong = next((t for t in prompt if not (isinstance(t, int) and 0 <= t < self.vocabulary)), None)
+        wrong = _outside(prompt, self.vocabulary)
         if wrong is not None:
             raise InputError(f"token id {wrong} is not in the vocabulary of {self.vocabulary} tokens")
-        if (params.logprobs or 0) > self.vocabulary:
-            raise InputError(f"logprobs is {params.logprobs}, must be {self.vocabulary} (the vocabulary) or less")
+        for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", prompt_logprobs)):
+            if value is not None and not 0 <= value <= self.vocabulary:
+                raise InputError(f"{name} is {value}, must be {self.vocabulary} (the vocabulary) or less")
+        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+            raise InputError(f"priority is {priority}, must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
 
 
-def _continue_text(tokenizer: Tokenizer, prompt: list[int], params: SamplingParams) -> TextStream:
+def _outside(prompt: list[int], vocabulary: int) -> object:
+    """The first element that is no token id; None where all are."""
+    try:
+        tokens = array("i", prompt)
+        if min(tokens) >= 0 and max(tokens) < vocabulary:
+            return None
+    except (TypeError, OverflowError):
+        pass
+    return next((t for t in prompt if not (isinstance(t, int) and 0 <= t < vocabulary)), None)
+
+
+def _continue_text(tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, skip_special: bool) -> TextStream:
     """Text that goes on from the prompt's: a first token decoded alone would lose its leading space."""
-    stream, shadow = tokenizer.stream(), tokenizer.stream()
+    stream, shadow = tokenizer.stream(skip_special), tokenizer.stream(skip_special)
     for token in prompt[-PROMPT_TAIL:]:
         stream.push(token)
         shadow.push(token)

@@ -46,7 +46,8 @@ class LLM:
     `model`: a Hugging Face directory, a hub id, an artifact, or "demo"; or one of them opened. `context`: tokens a
     sequence may have, its prompt included. `max_batch`: sequences computed together; more wait. `threads`: 0 for one a
     core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes) or "f32". `memory`: bytes that all of
-    it may take, None for what is available. Raises ContextError, InputError, MemoryLimitError (before anything is
+    it may take, None for what is available. `score_rows`: rows of prompts that one step can score, where that is more
+    than `max_batch`. Raises ContextError, InputError, MemoryLimitError (before anything is
     loaded), and what opening a model raises.
     """
 
@@ -59,6 +60,7 @@ class LLM:
         threads: int = 0,
         kv_format: str = "auto",
         memory: int | None = None,
+        score_rows: int = 0,
         report: Report | None = None,
     ) -> None:
         from hasten import checkpoint
@@ -66,14 +68,23 @@ class LLM:
 
         self.model = model if isinstance(model, checkpoint.Model) else checkpoint.open(str(model))
         limits = limits_for(
-            self.model, context=context, max_batch=max_batch, threads=threads, kv_format=kv_format, budget=memory
+            self.model,
+            context=context,
+            max_batch=max_batch,
+            threads=threads,
+            kv_format=kv_format,
+            budget=memory,
+            score_rows=score_rows,
         )
         self.model = self.model.at_context(limits.context)  # rope may depend on it
         self.tokenizer = self.model.tokenizer
         self.program = native.compile(self.model.graph, self.model.weights(report), limits, tune=True)
-        vocabulary = self.model.graph.vocabulary
-        self.engine = Engine(self.program, vocabulary, self.tokenizer, self.model.eos_token_ids)
+        self.engine = self.make_engine()
         self._ids = itertools.count()
+
+    def make_engine(self) -> Engine:
+        """An engine that knows of no request and finds nothing in the cache; the one before must not be used again."""
+        return Engine(self.program, self.model.graph.vocabulary, self.tokenizer, self.model.eos_token_ids)
 
     def generate(
         self,
@@ -235,6 +246,7 @@ def limits_for(
     threads: int = 0,
     kv_format: str = "auto",
     budget: int | None = None,
+    score_rows: int = 0,
 ) -> Limits:
     """Limits to serve a model by: as large a cache as `max_batch` full contexts need and memory allows.
 
@@ -256,7 +268,7 @@ def limits_for(
         context=wanted,
         max_tokens=max(STEP_TOKENS, max_batch),
         max_sequences=max_batch,
-        max_rows=max_batch,
+        max_rows=max(max_batch, min(score_rows, STEP_TOKENS)),
         kv_format=memory.kv_format(model.formats.values(), kv_format),
         threads=threads,
     )

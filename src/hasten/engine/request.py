@@ -270,6 +270,17 @@ class RequestOutput:
     finished: bool = True
 
 
+@dataclass
+class PromptScores:
+    """What the model said of its own prompt: for each of its tokens but the first."""
+
+    top: int
+    """How many of the likeliest tokens are noted besides the prompt's own."""
+    logprobs: list[float] = field(default_factory=list)
+    likeliest: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each scored token, `top` pairs of token and log-probability."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """One choice on its way: its tokens, and where their keys and values are.
@@ -299,6 +310,16 @@ class Sequence:
     cached: int = 0
     """Tokens that were found in the cache when it was last admitted."""
     preemptions: int = 0
+    priority: int = 0
+    """Lower runs first."""
+    rank: tuple[int, int] = (0, 0)
+    """Its place in the scheduler's order: smaller goes first."""
+    salt: bytes = b""
+    """Where the names of its blocks begin: sequences share blocks only under one salt."""
+    scores: PromptScores | None = None
+    """Of the prompt, where they were asked for."""
+    error: Exception | None = None
+    """What befell it alone; it is then aborted."""
 
     @property
     def output(self) -> array[int]:

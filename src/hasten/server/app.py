@@ -1,0 +1,148 @@
+"""The application: routes by their file names, errors in OpenAI's shape, and the guard before all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pkgutil
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import fastapi
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from hasten.engine.request import SamplingParams
+from hasten.errors import HastenError
+from hasten.server import routes
+from hasten.server.config import Config
+from hasten.server.errors import RequestError
+from hasten.server.logprobs import Spelling
+from hasten.server.middleware import Guard
+from hasten.server.protocol import Body, Strict, parse
+from hasten.server.service import Service
+from hasten.server.streams import error_response
+from hasten.server.ticket import EngineFault, Overloaded, Unavailable
+
+LARGE = 1 << 16
+"""Bytes of a body that are parsed on another thread."""
+COMPILERS = 2
+"""Grammars that are compiled at once; more wait."""
+Handler = TypeVar("Handler", bound=Callable[..., Coroutine[Any, Any, Response]])
+
+
+@dataclass
+class Context:
+    """What every route needs."""
+
+    service: Service
+    config: Config
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """By route and status."""
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.compilers = ThreadPoolExecutor(COMPILERS, "hasten-grammar")
+        self.spelling = Spelling(self.config.served.tokenizer)
+
+    async def grammar(self, params: SamplingParams) -> dict[str, Any]:
+        """The argument of Engine.add that says what the output must look like. Raises InputError where it is invalid.
+
+        Its compilation may take seconds, so it has threads of its own: other requests go on.
+        """
+        if params.structured_outputs is None:
+            return {}
+        compile = self.service.engine.guidance.compile
+        loop = asyncio.get_running_loop()
+        return {"grammar": await loop.run_in_executor(self.compilers, compile, params.structured_outputs)}
+
+
+def create_app(service: Service, config: Config) -> FastAPI:
+    """The server as an ASGI application; whoever runs it starts and stops `service`."""
+    context = Context(service, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    app = FastAPI(title="hasten", version=config.version, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.context = context
+    for kind in (RequestError, HastenError, Overloaded, Unavailable, EngineFault, HTTPException, Exception):
+        app.add_exception_handler(kind, _handle)
+    for name in route_names():
+        importlib.import_module(f"hasten.server.routes.{name}").register(app)
+    app.openapi_schema = _with_bodies(app)
+    app.add_middleware(Guard, config=config, answers=context.answers)
+    return app
+
+
+def route_names() -> list[str]:
+    """Every file in routes/ is one; it has `register(app)`."""
+    return sorted(module.name for module in pkgutil.iter_modules(routes.__path__))
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):  # no such route, or not by this method
+        return error_response(RequestError(str(error.detail), status=error.status_code, headers=error.headers))
+    return error_response(error)
+
+
+def of(request: Request) -> Context:
+    context: Context = request.app.state.context
+    return context
+
+
+async def read(request: Request, model: type[Body]) -> Body:
+    """The body of a request. Raises RequestError where it is not what `model` says, or does not arrive."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # forms and plain text are what other sites can make a browser send
+        raise RequestError("content-type must be application/json", "content-type")
+    try:
+        async with asyncio.timeout(of(request).config.limits.body_seconds):
+            raw = await request.body()
+    except TimeoutError:
+        raise RequestError("the body did not arrive in time", status=408, headers={"Connection": "close"}) from None
+    return await asyncio.to_thread(parse, raw, model) if len(raw) > LARGE else parse(raw, model)
+
+
+def takes(model: type[Strict]) -> dict[str, Any]:
+    """For a route's `openapi_extra`: its body, which FastAPI does not see because `read` reads it."""
+    reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
+        "x-body": model,
+    }
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "what is wrong with the request, by the field's name"},
+    401: {"description": "no API key, or a wrong one"},
+    404: {"description": "no such model"},
+    408: {"description": "the body did not arrive in time"},
+    413: {"description": "the body is too large"},
+    429: {"description": "too many requests; Retry-After says when there may be room"},
+    500: {"description": "the engine failed"},
+    503: {"description": "the server is shutting down, or its engine is gone"},
+}
+
+
+def _with_bodies(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description, with the schemas of bodies that `takes` names."""
+    models = {}
+    for route in app.routes:
+        if isinstance(route, fastapi.routing.APIRoute) and route.openapi_extra:
+            model = route.openapi_extra.pop("x-body")
+            models[model.__name__] = model
+    document = app.openapi()
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for name, model in models.items():
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas.update(schema.pop("$defs", {}))
+        schemas[name] = schema
+    return document

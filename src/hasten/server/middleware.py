@@ -1,0 +1,116 @@
+"""Before any route: who asks, how much they send, how many ask at once, and how long they may leave answers unread."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+from collections import Counter
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hasten.server.config import Config
+from hasten.server.errors import RequestError
+from hasten.server.streams import error_response
+
+OPEN_PATHS = ("/health",)
+PAGE = "/"
+
+
+class Guard:
+    """Counts answers by route and status in `answers`."""
+
+    def __init__(self, app: ASGIApp, config: Config, answers: Counter[tuple[str, int]]) -> None:
+        self._app = app
+        self._limits = config.limits
+        self._keys = [key.encode() for key in config.api_keys]
+        self._answers = answers
+        self._requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            async with asyncio.timeout(self._limits.write_seconds):
+                await send(message)
+
+        self._requests += 1
+        try:
+            refusal = self._refusal(scope)
+            if refusal:
+                await error_response(refusal)(scope, receive, counted)
+            else:
+                await self._app(scope, self._bounded(receive), counted)
+        finally:
+            self._requests -= 1
+            route = scope.get("route")
+            self._answers[getattr(route, "path", "other"), status] += 1
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        path = scope["path"]
+        if path in OPEN_PATHS:
+            return None
+        headers = Request(scope).headers
+        if self._keys and not self._known(headers.get("authorization", ""), page=path == PAGE):
+            challenge = 'Basic realm="hasten", charset="UTF-8"' if path == PAGE else "Bearer"
+            return RequestError(
+                "an API key is needed: Authorization: Bearer KEY",
+                status=401,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": challenge},
+            )
+        if self._requests > self._limits.requests:
+            return RequestError(
+                f"more than {self._limits.requests} requests at once",
+                status=429,
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:19]) > self._limits.body:
+            return self._too_large()
+        return None
+
+    def _known(self, authorization: str, page: bool) -> bool:
+        """Whether a key is among ours; all are compared, each in constant time.
+
+        A browser that opens the page has no way to send a bearer's key: there, and only there, it may be the password
+        of basic authentication. Other sites could make a browser send that one too.
+        """
+        scheme, _, value = authorization.partition(" ")
+        given = value.strip().encode("latin-1", "replace")
+        if page and scheme.lower() == "basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        elif scheme.lower() != "bearer":
+            return False
+        matches = [hmac.compare_digest(given, key) for key in self._keys]
+        return any(matches)
+
+    def _too_large(self) -> RequestError:
+        message = f"the body is larger than {self._limits.body} bytes"
+        return RequestError(message, status=413, code="body_too_large", headers={"Connection": "close"})
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """A body that names no length is counted as it comes."""
+        total = 0
+
+        async def bounded() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self._limits.body:
+                raise self._too_large()
+            return message
+
+        return bounded

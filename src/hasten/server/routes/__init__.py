@@ -1,0 +1,1 @@
+"""One route a file: its name is its registration, and `register(app)` what it has."""

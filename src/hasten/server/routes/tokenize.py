@@ -1,0 +1,38 @@
+"""POST /tokenize: the tokens of a text, or of a conversation after the chat template."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+
+from hasten.server import prepare
+from hasten.server.app import ERRORS, of, read, takes
+from hasten.server.errors import unsupported
+from hasten.server.protocol import ChatRequest, TokenizeRequest
+from hasten.server.streams import Json
+
+
+def register(app: FastAPI) -> None:
+    app.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeRequest))(tokenize)
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of `prompt` (with the tokens that the tokenizer adds, unless told not to) or of `messages`."""
+    config, body = of(request).config, await read(request, TokenizeRequest)
+    prepare.check_model(config.served, body.model)
+    if body.messages is not None:
+        if body.add_generation_prompt is False:
+            raise unsupported("add_generation_prompt", "only true")
+        chat = ChatRequest.model_construct(messages=body.messages)
+        text, special = await prepare.chat_text(chat, config, None), bool(body.add_special_tokens)
+    else:
+        assert body.prompt is not None
+        text, special = body.prompt, body.add_special_tokens is not False
+    tokens = await prepare.encode(config.served, text, special)
+    made = {"count": len(tokens), "max_model_len": config.served.context, "tokens": tokens}
+    if body.return_token_strs:
+        tokenizer = config.served.tokenizer
+        made["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token(t) for t in tokens])
+    return Json(made)

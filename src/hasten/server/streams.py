@@ -1,0 +1,147 @@
+"""Answers on their way: server-sent events, and work that ends when its client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from hasten.server.errors import RequestError, as_request_error
+from hasten.server.ticket import Delta, Ticket
+
+log = logging.getLogger("hasten.server")
+T = TypeVar("T")
+GONE = 499
+"""The status that is logged for a client that did not wait (nginx's number); nobody receives it."""
+
+
+def encoded(document: Any) -> bytes:
+    """Compact JSON in UTF-8."""
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def event(document: Any) -> bytes:
+    return b"data: " + encoded(document) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encoded(content)
+
+
+def error_response(error: BaseException) -> Response:
+    known = as_request_error(error)
+    if known.code == "internal_error":
+        log.error("a request failed", exc_info=error)
+    return Json(known.document, known.status, known.headers)
+
+
+class EventStream(Response):
+    """Sends events as they come. The status waits for the first of them, so that what fails before it is no 200.
+
+    `cancel` is called when all is over, however it ended.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], cancel: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._cancel = cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(self._send(send), receive)
+        finally:
+            self._cancel()
+
+    async def _send(self, send: Send) -> None:
+        body = await anext(self._events)
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            async for body in self._events:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+        except Exception as error:
+            if isinstance(error, TimeoutError | OSError):  # the client does not read, or is gone
+                raise
+            known = as_request_error(error)
+            if known.code == "internal_error":
+                log.error("a stream failed", exc_info=error)
+            body = event(known.document) + DONE
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def answer(request: Request, tickets: list[Ticket], work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; where the client leaves before, its tickets are cancelled and RequestError is raised."""
+    try:
+        done, result = await _unless_gone(work, request.receive)
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+    if not done:
+        raise RequestError("the client is gone", status=GONE)
+    assert result is not None
+    return result
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> tuple[bool, T | None]:
+    """(True, what `work` returned), or (False, None) where the client left first, and the work was ended."""
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return (True, task.result()) if task.done() else (False, None)
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def merged(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Delta]]:
+    """(number of its ticket, delta) of several requests as they come."""
+    if len(tickets) == 1:
+        async for delta in tickets[0]:
+            yield 0, delta
+        return
+    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
+
+    async def feed(number: int, ticket: Ticket) -> None:
+        try:
+            async for delta in ticket:
+                queue.put_nowait((number, delta))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(feed(i, t)) for i, t in enumerate(tickets)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
