@@ -1,4 +1,4 @@
-"""Run as a script: compile the grammar on stdin, make its first mask, and say on stdout what is wrong with it.
+"""Run as a script: compile the grammar on stdin, make its first masks, and say on stdout what is wrong with it.
 
 A few bytes of grammar can take minutes and gigabytes, and no thread that compiles can be stopped: a process can. Knows
 nothing of hasten, so that it starts soon.
@@ -13,6 +13,7 @@ BYTES = 1 << 30
 LEXER_STATES = 20_000
 GRAMMAR_SIZE = 50_000
 """Symbols."""
+STEPS = 4
 
 
 class Bytes:
@@ -35,8 +36,12 @@ def main() -> None:
     limits = LLParserLimits(max_lexer_states=LEXER_STATES, max_grammar_size=GRAMMAR_SIZE, verbose_errors=False)
     tokens = LLTokenizer(TokenizerWrapper(Bytes()))
     matcher = LLMatcher(tokens, sys.stdin.buffer.read().decode(), log_level=0, limits=limits)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
+    for _ in range(STEPS):  # what is compiled only as it is met shows by the first output that may be
+        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
+        following = [byte for byte in range(256) if mask[byte // 8 : byte // 8 + 1] and mask[byte // 8] >> byte % 8 & 1]
+        if not following:
+            break
+        matcher.consume_token(following[0])
     sys.stdout.buffer.write(matcher.get_error().encode())
 
 
