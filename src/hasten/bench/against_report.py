@@ -63,8 +63,8 @@ def _ours(field: Field, bits: int) -> Contender:
 
 
 def cell(figures: Mapping[str, Any]) -> str:
-    if figures.get("error"):
-        return "failed"
+    if error := figures.get("error"):
+        return "not measured" if error.startswith("not measured") else "failed"
     if "median" not in figures:
         return "-"
     spread = f" ({number(figures['low'])}-{number(figures['high'])})" if figures["low"] != figures["high"] else ""
