@@ -177,6 +177,19 @@ def test_table_and_markdown_say_everything() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_busy_machine_is_named() -> None:
+    found = report()
+    assert "the machine was busy" not in against_report.table(found)
+    found["workloads"][1]["limits"][0]["int8_gmacs"] = 51.0  # of 100 in the other round
+    line = next(line for line in against_report.table(found).splitlines() if "the machine was busy" in line)
+    assert found["workloads"][1]["name"] in line
+    assert found["workloads"][0]["name"] not in line
+
+
+def test_one_round_has_no_range() -> None:
+    assert against_report.times({"median": 2.0, "low": 2.0, "high": 2.0}) == "2.00x"
+
+
 def test_the_plot_shows_the_ratio_to_the_best_peer_and_shares(tmp_path: Path) -> None:
     written = against_chart.write(report(), tmp_path / "report.svg")
     text = written[0].read_text()

@@ -10,6 +10,7 @@ from typing import Any
 from hasten.bench import machine
 from hasten.bench.contenders import Contender, Field
 
+BUSY = 1.3  # limits that vary by more than this say that the processor was shared
 DESCRIPTIONS = {
     "prefill": "a prompt of {tokens} tokens, to its first token",
     "decode": "{batch} sequences step together from depth {depth}, {new} steps",
@@ -81,7 +82,10 @@ def percent(figures: Mapping[str, Any]) -> str:
 
 
 def times(found: Mapping[str, Any] | None) -> str:
-    return f"{found['median']:.2f}x ({found['low']:.2f}-{found['high']:.2f})" if found else ""
+    if not found:
+        return ""
+    spread = f" ({found['low']:.2f}-{found['high']:.2f})" if found["low"] != found["high"] else ""
+    return f"{found['median']:.2f}x{spread}"
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -133,9 +137,10 @@ def table(found: Mapping[str, Any]) -> str:
 def head(found: Mapping[str, Any]) -> str:
     model, here = found["model"], found["machine"]
     weights = "random weights" if model["random_weights"] else "its own weights"
+    rounds = "one round" if found["rounds"] == 1 else f"{found['rounds']} rounds"
     return (
         f"{name_of(found)}: {model['parameters'] / 1e6:,.1f}M parameters, {weights}. {here['cpu']}, "
-        f"{found['threads']} threads, {here['instruction_set']}; {found['rounds']} rounds. {limits(found)}"
+        f"{found['threads']} threads, {here['instruction_set']}; {rounds}. {limits(found)}"
     )
 
 
@@ -171,11 +176,22 @@ def facts(engine: Mapping[str, Any]) -> str:
 def notes(found: Mapping[str, Any]) -> list[str]:
     """Who and what is missing, and why."""
     lines = [f"{m['peer']}: {m['reason']}" for m in found["missing"]]
+    if busy := [w["name"] for w in found["workloads"] if spread_of_limits(w) > BUSY]:
+        lines.append(
+            f"the machine was busy with other work during {', '.join(busy)}: its limits varied by more than "
+            f"{BUSY:g} times, so these figures, and ratios to engines that bear company badly, may not repeat"
+        )
     for workload in found["workloads"]:
         lines += [f"{workload['name']}, {n}: {f['error']}" for n, f in workload["engines"].items() if f.get("error")]
     if found["left_out"]:
         lines.append(f"longer than the model's context: {', '.join(found['left_out'])}")
     return lines
+
+
+def spread_of_limits(workload: Mapping[str, Any]) -> float:
+    """How many times the lowest measurement of the limit of products goes into the highest, over the rounds."""
+    rates: list[float] = [one["int8_gmacs"] for one in workload["limits"]]
+    return max(rates) / min(rates)
 
 
 def markdown(documents: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.cli.cache import Cache
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
-from hasten.errors import InputError, OutputError
+from hasten.errors import BackendError, InputError, OutputError
 
 if TYPE_CHECKING:
     from hasten.bench.latency import Run
@@ -222,6 +222,8 @@ def run_against(options: Options, names: tuple[str, ...]) -> None:
             file=sys.stderr,
         )
     print(json.dumps(found, indent=1) if options.json else against_report.table(found))
+    if all(c.peer == "hasten" for c in field.contenders):
+        raise BackendError("no peer could be measured", "the table's last lines say why of each")
 
 
 def machine_facts(here: Any, runs: list[Run]) -> dict[str, Any]:
