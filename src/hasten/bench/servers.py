@@ -20,6 +20,7 @@ from hasten.bench.load import client, run, summary
 from hasten.bench.load.arrivals import Load, Schedule, planned
 from hasten.bench.load.prompts import Bodies, Prompts, id_pieces
 from hasten.bench.peers.common import PeerError, Report, Workload, last_words
+from hasten.errors import HastenError
 
 SHORTEST = 128
 """Tokens of a prompt; the longest is the workload's."""
@@ -88,7 +89,10 @@ class Server:
 
     def measure(self, workload: Workload, turn: int) -> dict[str, Any]:
         """{"seconds", "latency_ms"} of one round of the load. Raises PeerError where a request fails."""
-        return asyncio.run(self._measure(workload, turn))
+        try:
+            return asyncio.run(self._measure(workload, turn))
+        except HastenError as error:
+            raise PeerError(f"its server does not do what was asked: {error.message}") from None
 
     async def _measure(self, workload: Workload, turn: int) -> dict[str, Any]:
         target = client.parse_url(f"http://127.0.0.1:{self._port}")

@@ -130,7 +130,8 @@ class Scheduler:
         self._empty(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Take blocks of its prefix that are known; False where there is no room for all of its tokens now.
+        """Take blocks of its prefix that are known; False where there is no room for all of its tokens now, or where
+        the next block is just being computed for another: of one prompt sent many times, the first computes it for all.
 
         The last token is always computed: its row gives the next one. So are those whose rows are still to be scored.
         """
@@ -138,6 +139,8 @@ class Scheduler:
         known = self.blocks.find(self._hash(sequence, i) for i in range(full))
         held = sum(self.blocks.references[b] > 0 for b in known)
         if self.blocks.needed(len(sequence.tokens)) - held > self.blocks.free:
+            return False
+        if len(known) < full and self._being_computed(sequence, len(known)):
             return False
         for block in known:
             self.blocks.share(block)
@@ -147,6 +150,16 @@ class Scheduler:
         self.prompt_tokens += len(sequence.tokens)
         self.found_tokens += sequence.cached
         return True
+
+    def _being_computed(self, sequence: Sequence, index: int) -> bool:
+        """Whether one that goes before `sequence` is just about to compute that block of it."""
+        size = self.blocks.size
+        return any(
+            other.computed // size == index < (len(other.tokens) - 1) // size
+            and other.rank < sequence.rank
+            and self._hash(other, index) == self._hash(sequence, index)
+            for other in self.running
+        )
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Blocks for `count` more tokens; the last in rank make room. False where the sequence itself was the last."""
