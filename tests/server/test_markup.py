@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,17 +157,18 @@ def function(name: str, parameters: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": parameters}}
 
 
-TOOLS: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+WEATHERS = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rom"]}}, "additionalProperties": False}
+TOOLS: Any = [function("get_weather", WEATHERS)]
 
 
 APPEND = Engine._append
 
 
-def speaking(spoken: list[int]) -> Any:
+def speaking(spoken: list[int], then_free: bool = False) -> Any:
     def says(self: Engine, sequence: Any, token: int) -> None:
         place = len(sequence.output)
-        ends = place + 1 == len(spoken)
-        APPEND(self, sequence, spoken[place])
+        ends = place + 1 == len(spoken) and not then_free
+        APPEND(self, sequence, token if then_free and place >= len(spoken) else spoken[place])
         if ends and sequence.finish_reason is None:
             sequence.finish_reason = "stop"
             self._finish(sequence)
@@ -233,11 +235,33 @@ class TestServed:
             else:
                 calls = [(c.index, d) for c in made.choices for d in c.message.tool_calls]
                 reasons = [(c.index, c.finish_reason) for c in made.choices]
-                assert made.usage.completion_tokens < 2 * len(spoken)
+                assert made.usage.completion_tokens <= 2 * len(spoken)
         assert sorted(i for i, _ in calls) == [0, 1]
         assert all(json.loads(d.function.arguments) == WEATHER["arguments"] for _, d in calls)
         assert sorted(reasons) == [(0, "tool_calls"), (1, "tool_calls")]
         eventually(server.idle)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_structured_output_begins_after_the_thought(
+        self, server: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
+    ) -> None:
+        """The prompt opens the thought; we write it, and the model what comes after."""
+        monkeypatch.setattr(Engine, "_append", speaking(llm.tokenizer.encode("I {see}</think>"), then_free=True))
+        schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}
+        format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        tool: Any = {"type": "function", "function": {"name": "get_weather"}}
+        for bound in ({"response_format": format}, {"tools": TOOLS, "tool_choice": tool}):
+            with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+                ask: Any = {"model": "demo", "messages": [{"role": "user", "content": "?"}], "seed": 1, **bound}
+                made: Any = client.chat.completions.create(max_tokens=300, stream=stream, **ask)
+            said = [p.choices[0].delta for p in made] if stream else [made.choices[0].message]
+            assert "".join(getattr(d, "reasoning_content", None) or "" for d in said) == "I {see}"
+            answer = "".join(d.content or "" for d in said)
+            if "tools" in bound:
+                assert answer == ""
+                assert [c.function.name for d in said for c in d.tool_calls or []] == ["get_weather"]
+            else:
+                assert json.loads(answer) in [[*c] for n in (2, 3) for c in itertools.product("ab", repeat=n)]
 
     def test_without_tools_it_is_text(self, server: Server) -> None:
         ask = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 200}

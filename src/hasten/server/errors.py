@@ -42,7 +42,7 @@ def unsupported(name: str, why: str = "") -> RequestError:
     return RequestError(f"{name} is not supported{': ' + why if why else ''}", name, code="unsupported_parameter")
 
 
-NAMED = re.compile(r"([a-z_.]+)(?: (?:is|has|takes|names|holds|needs?)|,.* leave) ")
+NAMED = re.compile(r"([a-z_.]+)(?: (?:is|has|takes|names|holds|needs?)|(?:,| and) .* leave) ")
 """How our errors begin where they are about a field."""
 
 
