@@ -1,7 +1,8 @@
 """What the next step computes: continuous batching with chunked prefill under a token budget. No numerics here.
 
 Sequences run in the order of their rank: by priority, and by arrival within one. Each one that decodes gets its token;
-prompts share what the budget leaves. When blocks run out, the last in rank of those running gives its blocks up and
+prompts share what the budget leaves, and no more than a small chunk while others decode, whose next tokens wait for the
+step. When blocks run out, the last in rank of those running gives its blocks up and
 computes its tokens again later, so the first always goes on, and every sequence ends.
 """
 
@@ -16,6 +17,9 @@ from hasten.engine.request import Sequence
 
 PATIENCE = 256
 """Steps that one level of priority is worth: what waits longer goes before what comes later, so that nobody starves."""
+MIXED_TOKENS = 96
+"""Of prompts in a step in which others decode. Kernels compute a chunk of so many as fast a token as one of 512 (within
+3%, docs/kernels.md), and a decoding client waits a quarter as long for its next token."""
 
 _RANK = attrgetter("rank")
 
@@ -70,7 +74,8 @@ class Scheduler:
         self.steps += 1
         spans: list[Span] = []
         size = self.blocks.size
-        budget = self.max_tokens - sum([len(s.tokens) - s.computed == 1 for s in self.running])
+        decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
+        budget = min(self.max_tokens - decoding, MIXED_TOKENS if decoding else self.max_tokens)
         spare_rows = self.max_rows - len(self.running)  # each one has a row of its own
         position = 0
         while position < len(self.running):
