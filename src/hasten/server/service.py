@@ -186,7 +186,8 @@ class Service:
             self._release(params.n, "error")
             if not isinstance(error, Exception):
                 raise
-            log.error("a request could not be queued", exc_info=error)
+            if not isinstance(error, HastenError):
+                log.error("a request could not be queued", exc_info=error)
             return
         self.stats.prompt_tokens += len(prompt)
         self._live.update((s, _Choice(ticket, i, ticket.submitted)) for i, s in enumerate(sequences))
