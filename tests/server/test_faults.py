@@ -199,7 +199,11 @@ def test_a_text_stream_that_cannot_be_made_queues_none_of_the_choices(
     assert small.service.restarts == 0
 
 
-GIVEN_UP = {"structured_outputs": {"regex": "(.*a.{20}|.*b.{20}c.*){3}"}, "max_tokens": 400}
+GIVEN_UP = {
+    "prompt": "Once upon a time",
+    "structured_outputs": {"regex": "(.*a.{20}|.*b.{20}c.*){3}"},
+    "max_tokens": 400,
+}
 """Its states double with every character, until llguidance has enough of it."""
 
 

@@ -254,7 +254,7 @@ class TestServed:
             with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
                 ask: Any = {"model": "demo", "messages": [{"role": "user", "content": "?"}], "seed": 1, **bound}
                 made: Any = client.chat.completions.create(max_tokens=300, stream=stream, **ask)
-            said = [p.choices[0].delta for p in made] if stream else [made.choices[0].message]
+                said = [p.choices[0].delta for p in made] if stream else [made.choices[0].message]
             assert "".join(getattr(d, "reasoning_content", None) or "" for d in said) == "I {see}"
             answer = "".join(d.content or "" for d in said)
             if "tools" in bound:

@@ -93,10 +93,13 @@ def calls_of(client: openai.OpenAI, stream: bool, seed: int, **fields: Any) -> t
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_required(client: openai.OpenAI, stream: bool) -> None:
-    answers = [calls_of(client, stream, seed, tool_choice="required") for seed in range(6)]
-    ended = [a for a in answers if a[2] != "length"]
-    assert len(ended) >= 3
-    assert all(calls and not text and reason == "tool_calls" for calls, text, reason in ended)
+    """So small a model may call for ever: it does not where its end, as soon as there may be one, is likelier."""
+    for seed in range(3):
+        calls, text, reason = calls_of(client, stream, seed, tool_choice="required", logit_bias={"0": 30})
+        assert calls
+        assert (text, reason) == ("", "tool_calls")
+    several = calls_of(client, stream, 3, tool_choice="required")
+    assert several[2] in ("tool_calls", "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])

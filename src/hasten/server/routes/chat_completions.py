@@ -171,14 +171,14 @@ class _Run:
     def _part(self, delta: Delta) -> Object:
         """What a delta adds to its choice, in the form of a streamed choice."""
         self.usage.add(0, delta)
-        choice, reason = self._choices[delta.index], delta.finish_reason
+        choice = self._choices[delta.index]
         if self._body.logprobs:
             choice.waiting += logprobs.chat(
                 self._context.spelling, choice.before, delta.token_ids, delta.logprobs, delta.top
             )
         choice.before = delta.token_ids[-1] if delta.token_ids else choice.before
-        added = choice.push(delta.text, last=reason is not None)
-        reason = choice.reason(reason)
+        added = choice.push(delta.text, last=delta.finish_reason is not None)
+        reason = choice.reason(delta.finish_reason)
         spelled = None
         if added or reason:
             choice.begun = True
