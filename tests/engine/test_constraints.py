@@ -152,8 +152,9 @@ class _WithStream(Letters):
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(engine: Engines, given: dict[str, object], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        engine.add([1], SamplingParams(**given))  # type: ignore[arg-type]
+    for ask in (engine.check, engine.add):
+        with pytest.raises(InputError, match=message):
+            ask([1], SamplingParams(**given))  # type: ignore[arg-type]
     assert not engine.busy
 
 

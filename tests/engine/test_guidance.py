@@ -17,7 +17,7 @@ from hasten import LLM, SamplingParams
 from hasten.backends import native
 from hasten.engine import guidance
 from hasten.engine.engine import Engine
-from hasten.engine.guidance import Guidance
+from hasten.engine.guidance import Guidance, Thought
 from hasten.engine.request import CompletionOutput, StructuredOutputsParams
 from hasten.errors import DependencyError, InputError
 
@@ -291,6 +291,103 @@ def test_several_threads_compile(llm: LLM) -> None:
             output.append(a)
         assert guide.mask(_array(output))[0] == 1
         assert guide.error == ""
+
+
+def behind(llm: LLM, thought: Thought, params: SamplingParams) -> CompletionOutput:
+    """One output whose answer is bound, and its thought is not."""
+    assert params.structured_outputs
+    grammar = llm.engine.guidance.compile(params.structured_outputs, thought)
+    (choice,) = llm.engine.add(llm.tokenizer.encode(PROMPT), params, grammar=grammar)
+    while llm.engine.busy:
+        llm.engine.step()
+    return llm._completion(0, choice)
+
+
+@pytest.mark.parametrize("close", [".", " the"])
+def test_what_is_thought_before_is_free(llm: LLM, close: str) -> None:
+    found = [behind(llm, Thought("<", close, opened=True), how(seed, regex="[ab]{5}")) for seed in range(12)]
+    whole = [o.text.partition(close) for o in found if o.finish_reason == "stop"]
+    assert len(whole) >= 4
+    assert all(re.fullmatch("[ab]{5}", rest.lstrip("\n")) for _, _, rest in whole)
+    assert sum(len(thought) > 5 and not re.fullmatch("[ab]*", thought) for thought, _, _ in whole) >= 4
+    given_up = {o.stop_reason for o in found if o.finish_reason == "abort"}
+    assert all("structured output was given up" in str(reason) for reason in given_up)
+
+
+def test_a_model_may_open_the_thought_itself(llm: LLM) -> None:
+    (mark,) = llm.tokenizer.encode("(", special=False)
+    thought = Thought("(", ")", opened=False)
+    for bias, opens in ((100, True), (-100, False)):
+        for seed in range(4):
+            output = behind(llm, thought, replace(how(seed, regex="[ab]{5}"), logit_bias={mark: bias * 0.2}))
+            assert (output.token_ids[0] == mark) == opens
+            answer = output.text.partition(")")[2].lstrip("\n") if opens else output.text
+            assert output.finish_reason != "stop" or re.fullmatch("[ab]{5}", answer)
+            assert opens or output.finish_reason == "stop"
+    unknown = Thought("<no token of its own>", ")", opened=False)
+    assert re.fullmatch("[ab]{5}", behind(llm, unknown, how(1, regex="[ab]{5}")).text)
+
+
+def test_a_thought_does_not_end_the_output(llm: LLM) -> None:
+    eos = next(iter(llm.engine.eos_token_ids))
+    params = replace(how(1, regex="[ab]{5}", max_tokens=12), logit_bias={eos: 100})
+    output = behind(llm, Thought("<", "never written", opened=True), params)
+    assert (len(output.token_ids), output.finish_reason) == (12, "length")
+    assert eos not in output.token_ids
+
+
+def test_a_token_may_end_the_thought_and_begin_the_answer(llm: LLM) -> None:
+    grammar = llm.engine.guidance.compile(StructuredOutputsParams(regex="return[ab]"), Thought("<", "\n    ", True))
+    joined = llm.tokenizer.encode("\n    return", special=False)
+    a = llm.tokenizer.encode("a", special=False)[-1]
+    for cut in range(len(joined)):  # step by step, and after a preemption all that was drawn at once
+        guide = grammar.start()
+        guide.mask(_array(joined[:cut]))
+        mask = guide.mask(_array(joined))
+        assert int(mask[a // 32]) >> a % 32 & 1
+        assert not int(mask[joined[-1] // 32]) >> joined[-1] % 32 & 1
+    wrong = grammar.start()
+    wrong.mask(_array(llm.tokenizer.encode("\n    self", special=False)))
+    assert "given up" in wrong.error
+
+
+def test_thoughts_do_not_depend_on_preemption(llm: LLM) -> None:
+    thought = Thought("<", " the", opened=True)
+    wanted = [how(seed, regex="([a-z]+ ){9}", max_tokens=70) for seed in (1, 2, 3)]
+    alone = [behind(llm, thought, w).token_ids for w in wanted]
+    limits = replace(llm.program.limits, kv_blocks=4, block_size=32, context=128)
+    program = native.compile(llm.model.graph, llm.model.weights(), limits)
+    tight = Engine(program, llm.model.graph.vocabulary, llm.tokenizer, llm.model.eos_token_ids)
+    compiled = [tight.guidance.compile(w.structured_outputs, thought) for w in wanted if w.structured_outputs]
+    prompt = llm.tokenizer.encode(PROMPT)
+    started = [tight.add(prompt, w, grammar=g)[0] for w, g in zip(wanted, compiled, strict=True)]
+    while tight.busy:
+        tight.step()
+    assert sum(s.preemptions for s in started) >= 1
+    assert [s.output.tolist() for s in started] == alone
+
+
+def test_grammars_may_name_special_tokens(llm: LLM) -> None:
+    """As tool calls are marked: by name or number, of which the trial must know."""
+    for mark in ("<|endoftext|>", "<[0]>", "<[4000]>"):
+        grammar = llm.engine.guidance.compile(StructuredOutputsParams(grammar=f'start: {mark} "ab"'))
+        assert np.flatnonzero(grammar.beginning).tolist() == [4000 // 32 if "4000" in mark else 0]
+    with pytest.raises(InputError, match="unknown special token"):
+        llm.engine.guidance.compile(StructuredOutputsParams(grammar='start: <|nothing|> "ab"'))
+    with pytest.raises(InputError, match="takes more than"):
+        llm.engine.guidance.compile(
+            StructuredOutputsParams(grammar="start: <[4000]> A\nA: /(.*a.{20})/ & ~/(.*b.{21})/")
+        )
+
+
+def test_what_leaves_nothing_to_begin_with_is_refused_before_it_is_queued(llm: LLM) -> None:
+    params = replace(how(regex="[ab]{5}"), allowed_token_ids=llm.tokenizer.encode("(", special=False))
+    grammar = llm.engine.guidance.compile(StructuredOutputsParams(regex="[ab]{5}"))
+    for ask in (llm.engine.check, llm.engine.add):
+        with pytest.raises(InputError, match="leave no token with which a structured output begins"):
+            ask([1], params, grammar=grammar)
+    fine = replace(params, allowed_token_ids=llm.tokenizer.encode("a", special=False))
+    assert llm.engine.check([1], fine, grammar=grammar) is not None
 
 
 def _array(tokens: list[int]) -> Any:

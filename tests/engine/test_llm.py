@@ -151,6 +151,12 @@ def test_a_stop_text_ends_the_output_and_is_no_part_of_it(llm: LLM) -> None:
     stop = next(text[i : i + 2] for i in range(3, len(text) - 1) if text[i : i + 2].isascii())
     (found,) = llm.generate("abc", SamplingParams(temperature=0, max_tokens=24, stop=["never", stop], ignore_eos=True))
     assert found.outputs[0].text == text[: text.index(stop)]
+    params = SamplingParams(
+        temperature=0, max_tokens=24, stop=["never", stop], ignore_eos=True, include_stop_str_in_output=True
+    )
+    (kept,) = llm.generate("abc", params)
+    assert kept.outputs[0].text == text[: text.index(stop) + len(stop)]
+    assert (kept.outputs[0].token_ids, kept.outputs[0].stop_reason) == (found.outputs[0].token_ids, stop)
     assert found.outputs[0].finish_reason == "stop"
 
 

@@ -44,6 +44,24 @@ def test_what_may_begin_a_stop_text_is_held_back() -> None:
     assert pieces == ["", "", "abc", "", "", "", ""]
 
 
+@given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_a_stop_text_that_is_kept_is_the_end(text: str, stops: list[str]) -> None:
+    """By hand: the shortest beginning of the text that contains a stop text, up to the end of the earliest in it."""
+    stream, found = TextStream(Letters(), tuple(stops), kept=True), ""
+    for letter in text:
+        found += stream.push(ord(letter))
+        if stream.stopped:
+            break
+    found += stream.finish()
+    ends = [end for end in range(len(text) + 1) if any(s in text[:end] for s in stops)]
+    if not ends:
+        assert (found, stream.stopped) == (text, None)
+    else:
+        first = min(text[: ends[0]].find(s) for s in stops if s in text[: ends[0]])
+        assert stream.stopped in stops
+        assert found == text[:first] + str(stream.stopped)
+
+
 def test_what_is_not_stoppable_passes() -> None:
     stream = TextStream(Letters(), ("a",))
     assert stream.push(ord("a"), stoppable=False) == "a"

@@ -127,6 +127,28 @@ def test_prompts_as_token_ids(client: openai.OpenAI, reference: LLM) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_stop_texts_may_be_kept(client: openai.OpenAI, reference: LLM, stream: bool) -> None:
+    whole = expected(reference, PROMPT)[0].text
+    stop = whole[9:12]
+    extra = {"include_stop_str_in_output": True}
+    answer = client.completions.create(model="demo", prompt=PROMPT, stop=stop, stream=stream, extra_body=extra, **HOW)
+    choices = [p.choices[0] for p in (answer if stream else [answer])]
+    assert "".join(c.text for c in choices) == whole[: whole.index(stop) + len(stop)]
+    assert (choices[-1].finish_reason, choices[-1].stop_reason) == ("stop", stop)
+
+
+def test_prompt_logprobs_of_a_chat(server: Server, reference: LLM) -> None:
+    """The same floats as the completions endpoint gives for the same tokens."""
+    prompt = reference.chat_prompt(MESSAGES)
+    how = {"max_tokens": 2, "prompt_logprobs": 2, "n": 2}
+    found = server.post("/v1/chat/completions", {"messages": MESSAGES, **how}).json()
+    plain = server.post("/v1/completions", {"prompt": prompt, **how}).json()
+    assert found["prompt_logprobs"] == plain["choices"][0]["prompt_logprobs"]
+    assert len(found["prompt_logprobs"]) == len(prompt)
+    assert len(found["choices"]) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_stop_texts_end_it(client: openai.OpenAI, reference: LLM, stream: bool) -> None:
     whole = expected(reference, PROMPT)[0].text
     stop = whole[9:12]

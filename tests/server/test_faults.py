@@ -17,8 +17,10 @@ import pytest
 from server.serving import Server, eventually, serve
 
 from hasten import LLM
+from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.engine.engine import Engine
 from hasten.engine.request import Sequence
+from hasten.engine.text import TextStream
 from hasten.server.service import ServiceLimits
 
 ASK = {"prompt": "def read", "max_tokens": 8, "ignore_eos": True, "temperature": 0}
@@ -124,6 +126,103 @@ def test_a_panic_is_a_fault_too(small: Server) -> None:
     small.program.faults.append(Panic("from below"))
     assert ask(small).status_code == 500
     assert ask(small).status_code == 200
+
+
+class Panic(BaseException):
+    """As Rust's panics come."""
+
+
+def test_a_panic_while_a_request_is_queued_fails_that_request_too(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in nobody's list then: neither waiting nor running."""
+    add = Engine.add
+
+    def panics(self: Engine, *given: Any, **how: Any) -> Any:
+        if given[1].seed == 13:
+            raise Panic("while queueing")
+        return add(self, *given, **how)
+
+    monkeypatch.setattr(Engine, "add", panics)
+    assert ask(small, seed=13).status_code == 500
+    assert small.service.active == 0
+    assert ask(small).status_code == 200
+    assert small.service.restarts == 1
+
+
+def test_a_panic_while_the_engine_is_made_anew_ends_it(small: Server) -> None:
+    def fails() -> Engine:
+        raise Panic("no second one")
+
+    small.service._make_engine = fails
+    small.program.faults.append(RuntimeError("the first"))
+    assert ask(small).status_code == 500
+    eventually(lambda: not small.service._thread.is_alive())
+    assert small.get("/health").json()["status"] == "failed"
+    assert ask(small).status_code == 503
+
+
+def test_a_text_that_cannot_be_ended_is_no_fault_of_the_engine(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client leaves, and what is left of its text fails: nobody wants to know it."""
+    finish = TextStream.finish
+
+    def fails(self: TextStream) -> str:
+        if "leaves" in self._stops:
+            raise RuntimeError("half a character")
+        return finish(self)
+
+    monkeypatch.setattr(TextStream, "finish", fails)
+    body = {**ASK, "max_tokens": 400, "stream": True, "stop": "leaves"}
+    with small.client.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+    eventually(small.idle)
+    assert ask(small).status_code == 200
+    assert small.service.stats.faults == 0
+
+
+def test_a_text_stream_that_cannot_be_made_queues_none_of_the_choices(
+    small: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    stream = Tokenizer.stream
+
+    def fails(self: Tokenizer, skip_special: bool = True) -> Any:
+        made.append(1)
+        if len(made) == 3:
+            raise RuntimeError("of the second choice")
+        return stream(self, skip_special)
+
+    monkeypatch.setattr(Tokenizer, "stream", fails)
+    assert ask(small, n=2).status_code == 500
+    assert not small.service.engine.busy
+    assert not small.service.engine._streams
+    assert small.service.restarts == 0
+
+
+GIVEN_UP = {
+    "prompt": "Once upon a time",
+    "structured_outputs": {"regex": "(.*a.{20}|.*b.{20}c.*){3}"},
+    "max_tokens": 400,
+}
+"""Its states double with every character, until llguidance has enough of it."""
+
+
+def test_structured_output_that_is_given_up_is_an_error_of_its_request_alone(small: Server) -> None:
+    body = {**ASK, **GIVEN_UP, "ignore_eos": False}
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(ask, small, max_tokens=60)
+        answer = small.post("/v1/completions", body)
+        assert other.result().status_code == 200
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (500, "structured_output_given_up")
+    assert "structured output was given up: lexer error: too many states" in error["message"]
+    with small.client.stream("POST", "/v1/completions", json={**body, "stream": True}) as streamed:
+        events = [line.removeprefix("data: ") for line in streamed.iter_lines() if line]
+    assert json.loads(events[-2])["error"]["code"] == "structured_output_given_up"
+    assert events[-1] == "[DONE]"
+    assert all(json.loads(e)["choices"][0]["finish_reason"] is None for e in events[:-2])
+    eventually(small.idle)
+    assert (small.service.stats.faults, small.service.stats.finished["error"]) == (0, 2)
 
 
 def test_a_request_that_fails_alone_takes_nobody_with_it(small: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from server.serving import Server, serve
+from server.serving import Server, eventually, serve
 from support import need_shared_data
 
 from hasten import LLM
@@ -74,6 +75,26 @@ def test_tool_calls(kind: Family, text: str, content: str, wanted: list[dict[str
     assert kind != "mistral" or all(len(c.id) == 9 and c.id.isalnum() for c in calls)
 
 
+TWO = f"{as_text(WEATHER)}</tool_call> so <tool_call>{as_text(TIME)}</tool_call> end"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 10_000])
+@pytest.mark.parametrize(
+    ("kind", "text", "content"),
+    [
+        ("hermes", f"Look <tool_call>{TWO}", "Look "),
+        ("mistral", f"[TOOL_CALLS] [{as_text(WEATHER)}, {as_text(TIME)}]", ""),
+        ("llama3", f"{as_text(WEATHER, 'parameters')}; {as_text(TIME, 'parameters')}", ""),
+    ],
+)
+def test_where_one_call_may_be_it_is_the_first(kind: Family, text: str, content: str, size: int) -> None:
+    parser = ToolCalls(kind, one=True)
+    parts = [*map(parser.push, pieces(text, size)), parser.finish()]
+    assert "".join(p[0] for p in parts) == content
+    assert [json.loads(c.arguments) for p in parts for c in p[1]] == [WEATHER["arguments"]]
+    assert parser.full
+
+
 def test_text_before_a_call_is_not_held_back() -> None:
     parser = ToolCalls("hermes")
     assert parser.push("Hello <to") == ("Hello ", [])
@@ -130,7 +151,29 @@ TEMPLATE = (
     "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.city }}{% endfor %}\n{% endfor %}<think>"
 )
 SAID = f"I see</think>\n\nOne moment.\n<tool_call>\n{as_text(WEATHER)}\n</tool_call>"
-TOOLS: Any = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+
+
+def function(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+WEATHERS = {"type": "object", "properties": {"city": {"enum": ["Bern", "Rom"]}}, "additionalProperties": False}
+TOOLS: Any = [function("get_weather", WEATHERS)]
+
+
+APPEND = Engine._append
+
+
+def speaking(spoken: list[int], then_free: bool = False) -> Any:
+    def says(self: Engine, sequence: Any, token: int) -> None:
+        place = len(sequence.output)
+        ends = place + 1 == len(spoken) and not then_free
+        APPEND(self, sequence, token if then_free and place >= len(spoken) else spoken[place])
+        if ends and sequence.finish_reason is None:
+            sequence.finish_reason = "stop"
+            self._finish(sequence)
+
+    return says
 
 
 class TestServed:
@@ -141,17 +184,7 @@ class TestServed:
         tokenizer = llm.tokenizer
         monkeypatch.setattr(type(tokenizer), "_templates", lambda self: {"default": TEMPLATE})
         spoken = list(tokenizer.encode(SAID))
-        append = Engine._append
-
-        def says(self: Engine, sequence: Any, token: int) -> None:
-            place = len(sequence.output)
-            ends = place + 1 == len(spoken)
-            append(self, sequence, spoken[place])
-            if ends and sequence.finish_reason is None:
-                sequence.finish_reason = "stop"
-                self._finish(sequence)
-
-        monkeypatch.setattr(Engine, "_append", says)
+        monkeypatch.setattr(Engine, "_append", speaking(spoken))
         with serve(llm) as running:
             yield running
 
@@ -185,6 +218,51 @@ class TestServed:
         assert (streamed.index, json.loads(streamed.function.arguments)) == (0, WEATHER["arguments"])
         assert parts[-1].finish_reason == "tool_calls"
 
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_not_in_parallel_the_first_call_ends_the_answer(
+        self, server: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
+    ) -> None:
+        ask = {"messages": [{"role": "user", "content": "?"}], "tools": TOOLS, "max_tokens": 300, "n": 2}
+        spoken = llm.tokenizer.encode(f"</think><tool_call>{TWO}")
+        monkeypatch.setattr(Engine, "_append", speaking(spoken))
+        with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+            made: Any = client.chat.completions.create(model="demo", parallel_tool_calls=False, stream=stream, **ask)
+            if stream:
+                choices = [p.choices[0] for p in made]
+                calls = [(c.index, d) for c in choices for d in c.delta.tool_calls or []]
+                reasons = [(c.index, c.finish_reason) for c in choices if c.finish_reason]
+                assert not any(c.delta.content for c in choices)
+            else:
+                calls = [(c.index, d) for c in made.choices for d in c.message.tool_calls]
+                reasons = [(c.index, c.finish_reason) for c in made.choices]
+                assert made.usage.completion_tokens <= 2 * len(spoken)
+        assert sorted(i for i, _ in calls) == [0, 1]
+        assert all(json.loads(d.function.arguments) == WEATHER["arguments"] for _, d in calls)
+        assert sorted(reasons) == [(0, "tool_calls"), (1, "tool_calls")]
+        eventually(server.idle)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_structured_output_begins_after_the_thought(
+        self, server: Server, llm: LLM, monkeypatch: pytest.MonkeyPatch, stream: bool
+    ) -> None:
+        """The prompt opens the thought; we write it, and the model what comes after."""
+        monkeypatch.setattr(Engine, "_append", speaking(llm.tokenizer.encode("I {see}</think>"), then_free=True))
+        schema = {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 2, "maxItems": 3}
+        format: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        tool: Any = {"type": "function", "function": {"name": "get_weather"}}
+        for bound in ({"response_format": format}, {"tools": TOOLS, "tool_choice": tool}):
+            with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+                ask: Any = {"model": "demo", "messages": [{"role": "user", "content": "?"}], "seed": 1, **bound}
+                made: Any = client.chat.completions.create(max_tokens=300, stream=stream, **ask)
+                said = [p.choices[0].delta for p in made] if stream else [made.choices[0].message]
+            assert "".join(getattr(d, "reasoning_content", None) or "" for d in said) == "I {see}"
+            answer = "".join(d.content or "" for d in said)
+            if "tools" in bound:
+                assert answer == ""
+                assert [c.function.name for d in said for c in d.tool_calls or []] == ["get_weather"]
+            else:
+                assert json.loads(answer) in [[*c] for n in (2, 3) for c in itertools.product("ab", repeat=n)]
+
     def test_without_tools_it_is_text(self, server: Server) -> None:
         ask = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 200}
         for more in ({}, {"tools": TOOLS, "tool_choice": "none"}):
@@ -199,7 +277,25 @@ class TestServed:
             ({"tools": [{"type": "web_search"}]}, "tools[0]"),
             ({"tools": TOOLS * 200}, "tools"),
             ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
-            ({"tools": TOOLS, "parallel_tool_calls": False}, "parallel_tool_calls"),
+            ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+            (
+                {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+                "response_format",
+            ),
+            (
+                {"tools": TOOLS, "tool_choice": "required", "structured_outputs": {"regex": "a"}},
+                "structured_outputs",
+            ),
+            ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+            ({"tools": [*TOOLS, function("f", {"type": "array"})]}, "tools[1].function.parameters"),
+            ({"tools": [*TOOLS, function("f", [])]}, "tools[1].function.parameters"),
+            (
+                {
+                    "tools": [*TOOLS, function("f", {"type": "object", "properties": {"a": {"type": "king"}}})],
+                    "tool_choice": "required",
+                },
+                "tools[1].function.parameters",
+            ),
             (
                 {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
                 "messages[0].tool_calls[0]",

@@ -96,7 +96,16 @@ BOTH = [
     ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"prompt_logprobs": 10**9}, "prompt_logprobs"),
-    ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"include_stop_str_in_output": 3}, "include_stop_str_in_output"),
+    ({"allowed_token_ids": [4096]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [0], "min_tokens": 1}, "allowed_token_ids"),
+    ({"allowed_token_ids": [0], "structured_outputs": {"regex": "ab"}}, "allowed_token_ids"),
+    ({"logit_bias": {"4096": 1}}, "logit_bias"),
+    ({"response_format": {"type": "json_object"}, "min_tokens": 1}, "min_tokens"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "king"}}}},
+        "response_format.json_schema.schema",
+    ),
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex"),
     ({"structured_outputs": {"regex": "a{1000}{1000}{1000}"}}, "structured_outputs.regex"),
@@ -175,10 +184,13 @@ def test_wrong_completions(server: Server, fields: dict[str, Any], param: str | 
         ({"logprobs": 3}, "logprobs", "boolean"),
         ({"top_logprobs": 3}, "top_logprobs", "only goes with logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "not supported"),
+        ({"messages": [{"role": "user", "content": "x " * 600}]}, "messages", "the context holds 512"),
         ({"max_completion_tokens": 3}, "max_tokens", "differ"),
         ({"max_tokens": None, "max_completion_tokens": 0}, "max_completion_tokens", "1 or more"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported yet"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice", "there are no tools"),
+        ({"tool_choice": "always"}, "tool_choice", "must be 'none', 'auto', 'required' or"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "chat template knows none"),
         ({"functions": []}, "functions", "unknown field"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
@@ -207,6 +219,7 @@ def test_nulls_are_as_nothing(server: Server) -> None:
         b"{",
         b"[]",
         b"3",
+        b'"x"',
         b"null",
         b"\xff\xfe",
         b'{"prompt": "x"',
@@ -221,6 +234,8 @@ def test_bodies_that_are_none(server: Server, path: str, body: bytes) -> None:
     answer = server.send(path, body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
+    if body in (b"[]", b"3", b"null", b'"x"'):
+        assert answer.json()["error"]["message"] == "the body must be a JSON object"
 
 
 def test_other_content_types_are_refused(server: Server) -> None:

@@ -53,6 +53,20 @@ class Constraints:
         for *before, last in (word for word in words if len(word) > 1):
             self._words.setdefault(before[-1], []).append((before, last))
 
+    def check_beginning(self, mask: UInt32) -> None:
+        """Raise InputError where of the tokens of `mask`, with which an output must begin, none may be drawn.
+
+        `mask` has shape [ceil(vocabulary / 32)].
+        """
+        left = mask & self._allowed if self._allowed.size else mask
+        begins = np.unpackbits(left.astype("<u4").view(np.uint8), bitorder="little")  # [vocabulary, rounded up] 0 or 1
+        begins[self._always] = 0
+        if not begins.any():
+            raise InputError(
+                "allowed_token_ids and bad_words leave no token with which a structured output begins",
+                "allow one, or leave the output's form open",
+            )
+
     def allowed(self, choice: Choice) -> UInt32:
         """A bit for each token that `choice` may draw now; empty: all."""
         if choice.guide is None:

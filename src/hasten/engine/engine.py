@@ -10,7 +10,7 @@ from typing import Protocol
 from hasten.backends.batch import Program
 from hasten.engine.batches import Batches
 from hasten.engine.blocks import Blocks, salted
-from hasten.engine.constraints import constraints_for
+from hasten.engine.constraints import Constraints, constraints_for
 from hasten.engine.guidance import Grammar, Guidance
 from hasten.engine.request import PromptScores, SamplingParams, Sequence, choice_seed
 from hasten.engine.sampler import Sampler
@@ -70,20 +70,28 @@ class Engine:
         prompt_logprobs: int | None = None,
         draws: bool = True,
         grammar: Grammar | None = None,
+        constraints: Constraints | None = None,
     ) -> list[Sequence]:
         """Queue a request; one sequence a choice. Raises InputError or ContextError where the prompt cannot be run.
 
         Lower `priority` runs first. Blocks of the cache are shared only with requests of the same `cache_salt`.
         `prompt_logprobs`: note those of the prompt's tokens, and of so many of the likeliest. Without `draws` the
-        prompt is only scored, and nothing is written. `grammar`: what guidance made of params.structured_outputs, on
-        another thread; None: it is made here.
+        prompt is only scored, and nothing is written. `grammar`: what guidance made of params.structured_outputs, and
+        `constraints` what `self.constraints` made of params, on another thread; None: they are made here.
         """
-        self.check(prompt, params, priority=priority, prompt_logprobs=prompt_logprobs, draws=draws)
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        room = self.room if params.max_tokens is None else min(self.room, len(prompt) + params.max_tokens)
         if params.structured_outputs and not grammar:
             grammar = self.guidance.compile(params.structured_outputs)
-        constraints = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
+        constraints = self.check(
+            prompt,
+            params,
+            priority=priority,
+            prompt_logprobs=prompt_logprobs,
+            draws=draws,
+            grammar=grammar,
+            constraints=constraints,
+        )
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        room = self.room if params.max_tokens is None else min(self.room, len(prompt) + params.max_tokens)
         salt = salted(cache_salt)
         choices = [
             Sequence(
@@ -100,9 +108,10 @@ class Engine:
             )
             for i in range(params.n)
         ]
+        if self.tokenizer:  # what may fail goes first: all of the choices are queued, or none
+            texts = [_continue_text(self.tokenizer, prompt, params, skip_special_tokens) for _ in choices]
+            self._streams.update(zip(choices, texts, strict=True))
         for sequence in choices:
-            if self.tokenizer:
-                self._streams[sequence] = _continue_text(self.tokenizer, prompt, params, skip_special_tokens)
             self.scheduler.add(sequence)
         return choices
 
@@ -125,11 +134,10 @@ class Engine:
     def abort(self, sequence: Sequence) -> None:
         """Drop a sequence that nobody waits for any more."""
         if sequence.finish_reason is None:
-            self._finish(sequence)
-            sequence.finish_reason = "abort"
+            self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        """As abort, where its text may be what failed."""
+        """Without the end of its text, which may be what failed."""
         self._streams.pop(sequence, None)
         self.scheduler.finish(sequence)
         sequence.finish_reason = "abort"
@@ -178,8 +186,10 @@ class Engine:
         priority: int = 0,
         prompt_logprobs: int | None = None,
         draws: bool = True,
-    ) -> None:
-        """Raise as `add` does, without queueing anything; any thread may ask."""
+        grammar: Grammar | None = None,
+        constraints: Constraints | None = None,
+    ) -> Constraints | None:
+        """Raise as `add` does, without queueing anything; any thread may ask. Returns what the request is bound by."""
         if not prompt:
             raise InputError("the prompt is empty", "give at least one token")
         if len(prompt) + draws > self.room:
@@ -196,6 +206,17 @@ class Engine:
                 raise InputError(f"{name} is {value}, must be {self.vocabulary} (the vocabulary) or less")
         if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
             raise InputError(f"priority is {priority}, must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        return constraints or self.constraints(params, grammar)
+
+    def constraints(self, params: SamplingParams, grammar: Grammar | None = None) -> Constraints | None:
+        """What binds the output besides numbers; None: nothing does. Any thread may ask.
+
+        Raises InputError where that contradicts itself or the vocabulary.
+        """
+        found = constraints_for(params, self.vocabulary, self.eos_token_ids, self.tokenizer)
+        if found and grammar:
+            found.check_beginning(grammar.beginning)
+        return found
 
 
 def _outside(prompt: list[int], vocabulary: int) -> object:
@@ -215,4 +236,4 @@ def _continue_text(tokenizer: Tokenizer, prompt: list[int], params: SamplingPara
     for token in prompt[-PROMPT_TAIL:]:
         stream.push(token)
         shadow.push(token)
-    return TextStream(stream, params.stops, prompt_rest=shadow.finish())
+    return TextStream(stream, params.stops, shadow.finish(), kept=params.include_stop_str_in_output)

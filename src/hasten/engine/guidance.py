@@ -1,7 +1,7 @@
 """Structured output: which tokens may follow under a JSON schema, regex, grammar or list of choices, by llguidance.
 
 `Guidance.compile` may run on any thread; a `Guide` follows one choice by its drawn tokens alone, so that preemption and
-recomputation are nothing to it.
+recomputation are nothing to it. What a model thinks aloud before its answer is free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import subprocess
 import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ import numpy as np
 
 from hasten.backends.batch import UInt32
 from hasten.engine import trial
+from hasten.engine.constraints import bitmask
 from hasten.engine.request import StructuredOutputsParams
+from hasten.engine.text import TokenStream
 from hasten.errors import DependencyError, InputError
 
 LONGEST = 65_536
@@ -37,6 +40,20 @@ class Definition(Protocol):
     """What is needed of a tokenizer."""
 
     def definition(self) -> str: ...
+    def encode(self, text: str, special: bool = True) -> list[int]: ...
+    def stream(self, skip_special: bool = True) -> TokenStream: ...
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What may stand before an output that must look like something: any text from the mark `open` to `close`.
+
+    `opened`: the prompt ends with `open`. Else the model may begin with it, where it is a token of its own.
+    """
+
+    open: str
+    close: str
+    opened: bool
 
 
 class Guidance:
@@ -49,13 +66,29 @@ class Guidance:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, sorted(eos_token_ids)
         self._lock = Lock()
         self._tokens: Any = None
+        self._special: list[str] = []
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
-    def compile(self, wanted: StructuredOutputsParams) -> Grammar:
-        """What `wanted` asks for, ready to start. Takes up to some seconds where it is large and new.
+    def compile(self, wanted: StructuredOutputsParams, thought: Thought | None = None) -> Grammar:
+        """What `wanted` asks for after a `thought`, ready to start. Takes up to some seconds where it is large and new.
 
         Raises InputError where it is not valid, too large, or takes too long; DependencyError without llguidance.
         """
+        grammar = self._compile(wanted)
+        return grammar if thought is None else Grammar(grammar.matcher, grammar.words, self._before(thought))
+
+    def _before(self, thought: Thought) -> Callable[[], _Thinking]:
+        """What follows such a thought, once for each choice."""
+        assert self._tokenizer is not None
+        tokenizer = self._tokenizer
+        opening = tokenizer.encode(thought.open, special=False)
+        first = opening[0] if len(opening) == 1 and not thought.opened else None
+        begins = bitmask([] if first is None else [first], self._vocabulary)
+        every, ends = bitmask(range(self._vocabulary), self._vocabulary), bitmask(self._eos, self._vocabulary)
+        free = every & ~ends  # a thought does not end the output
+        return lambda: _Thinking(thought, tokenizer, first, begins, free)
+
+    def _compile(self, wanted: StructuredOutputsParams) -> Grammar:
         library = _library()
         kind, source = _source(library, wanted)
         with self._lock:
@@ -63,7 +96,7 @@ class Guidance:
                 self._kept.move_to_end(source)
                 return found
         tokens = self._known_tokens(library)
-        _try(kind, source)
+        _try(kind, {"grammar": source, "vocabulary": self._vocabulary, "special": self._special})
         limits = library.LLParserLimits(
             max_lexer_states=trial.LEXER_STATES, max_grammar_size=trial.GRAMMAR_SIZE, verbose_errors=False
         )
@@ -85,40 +118,82 @@ class Guidance:
             raise InputError("structured_outputs need a token that ends the output, and this model names none")
         with self._lock:
             if self._tokens is None:
-                self._tokens = library.LLTokenizer(
-                    self._tokenizer.definition(), n_vocab=self._vocabulary, eos_token=self._eos
-                )
+                definition = self._tokenizer.definition()
+                added = json.loads(definition).get("added_tokens", ())
+                self._special = [token["content"] for token in added if token["special"]]
+                self._tokens = library.LLTokenizer(definition, n_vocab=self._vocabulary, eos_token=self._eos)
             return self._tokens
 
 
 class Grammar:
-    """Compiled: starts a guide for each choice."""
+    """Compiled: starts a guide for each choice. `words`: of 32 tokens each, in a mask."""
 
-    def __init__(self, matcher: Any, words: int) -> None:
-        self._matcher, self._words = matcher, words
+    def __init__(self, matcher: Any, words: int, before: Callable[[], _Thinking] | None = None) -> None:
+        self.matcher, self.words, self._before = matcher, words, before
 
     def start(self) -> Guide:
-        return Guide(self._matcher.deep_copy(), self._words)
+        return Guide(self.matcher.deep_copy(), self.words, self._before() if self._before else None)
+
+    @property
+    def beginning(self) -> UInt32:
+        """[ceil(vocabulary / 32)] a bit for each token that it may begin with, after any thought."""
+        return _mask(self.matcher.deep_copy(), self.words)
 
 
 class Guide:
     """Follows one output. Once it is complete only its end may follow; so too where the library gives up (`error`)."""
 
-    def __init__(self, matcher: Any, words: int) -> None:
-        self._matcher, self._words, self._taken = matcher, words, 0
+    def __init__(self, matcher: Any, words: int, thinking: _Thinking | None) -> None:
+        self._matcher, self._words, self._thinking, self._taken = matcher, words, thinking, 0
 
     def mask(self, output: array[int]) -> UInt32:
         """[ceil(vocabulary / 32)] a bit for each token that may follow `output`, the tokens drawn so far."""
-        if new := output[self._taken :].tolist():
+        new = output[self._taken :].tolist()
+        self._taken = len(output)
+        thinking = self._thinking
+        if thinking:
+            new = thinking.follow(new)
+            if thinking.inside:
+                return thinking.free
+        if new:
             self._matcher.consume_tokens(new)
-            self._taken = len(output)
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+        mask = _mask(self._matcher, self._words)
+        return mask | thinking.begins if thinking and not output else mask
 
     @property
     def error(self) -> str:
         """Why the library gave up, where a step met its limits; else empty."""
         reason = " ".join(self._matcher.get_error().split())
         return f"structured output was given up: {reason[:200]}" if reason else ""
+
+
+class _Thinking:
+    """Tells one choice's thought from what follows. `begins` and `free` are masks, before it and within."""
+
+    def __init__(
+        self, thought: Thought, tokenizer: Definition, first: int | None, begins: UInt32, free: UInt32
+    ) -> None:
+        self.inside, self.begins, self.free = thought.opened, begins, free
+        self._close, self._first, self._encode = thought.close, first, tokenizer.encode
+        self._stream, self._text = tokenizer.stream(False), ""
+
+    def follow(self, tokens: list[int]) -> list[int]:
+        """Those of the next drawn `tokens` that come after the thought."""
+        if tokens and tokens[0] == self._first:
+            self.inside, tokens = True, tokens[1:]
+        self._first = None if tokens or self.inside else self._first
+        for i, token in enumerate(tokens if self.inside else ()):
+            self._text, closed, rest = (self._text + self._stream.push(token)).partition(self._close)
+            if closed:  # the same token may begin the answer: to the grammar, text is text however it is cut
+                self.inside = False
+                rest = rest.lstrip("\n")
+                return [*(self._encode(rest, False) if rest else ()), *tokens[i + 1 :]]
+            self._text = self._text[-len(self._close) :]
+        return [] if self.inside else tokens
+
+
+def _mask(matcher: Any, words: int) -> UInt32:
+    return np.frombuffer(matcher.compute_bitmask(), np.uint32)[:words]
 
 
 def _library() -> Any:
@@ -163,11 +238,11 @@ def _check_length(kind: str, text: str) -> None:
         raise _invalid(kind, "half of a surrogate pair is no character") from None
 
 
-def _try(kind: str, source: str) -> None:
+def _try(kind: str, task: dict[str, Any]) -> None:
     """Compile in a process that can be stopped. Raises InputError where that fails or takes too much."""
     command = [sys.executable, "-P", trial.__file__]
     try:
-        done = subprocess.run(command, input=source.encode(), capture_output=True, timeout=PATIENCE)
+        done = subprocess.run(command, input=json.dumps(task).encode(), capture_output=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         done = None
     if done is not None and done.returncode == 0:

@@ -95,7 +95,9 @@ class SamplingParams:
     min_tokens: int = 0
     """Tokens that end the output are not drawn before there are so many; stop texts pass until then."""
     stop: str | list[str] | tuple[str, ...] | None = None
-    """Texts that end the output; they are not part of it."""
+    """Texts that end the output."""
+    include_stop_str_in_output: bool = False
+    """Whether the text of `stop` that ended the output is part of it."""
     stop_token_ids: list[int] | tuple[int, ...] | None = None
     seed: int | None = None
     """None: another one for each request."""
@@ -154,6 +156,8 @@ class SamplingParams:
         )
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "0 or more")
         _check(all(isinstance(s, str) and s for s in self.stops), "stop", self.stop, "texts that are not empty")
+        kept = self.include_stop_str_in_output
+        _check(isinstance(kept, bool), "include_stop_str_in_output", kept, "true or false")
         _check(_are_tokens(self.stop_token_ids), "stop_token_ids", self.stop_token_ids, "token ids")
         self._check_constraints()
 

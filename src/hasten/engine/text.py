@@ -1,4 +1,4 @@
-"""Tokens to text as they come: never half a character, never part of a text that ends the output."""
+"""Tokens to text as they come: never half a character, never part of a text that may end the output."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ class TokenStream(Protocol):
 class TextStream:
     """The text of one output. `push` and `finish` give what is new and certain; `stopped` is the stop text met.
 
-    What might be the beginning of a stop text is held back until it is known not to be. `tokens` may have been fed the
-    prompt; `prompt_rest` is what it then still holds of the prompt's text, which is no output.
+    What might be the beginning of a stop text is held back until it is known not to be; the stop text met is only given
+    where it is `kept`. `tokens` may have been fed the prompt; `prompt_rest` is what it then still holds of the prompt's
+    text, which is no output.
     """
 
-    def __init__(self, tokens: TokenStream, stops: tuple[str, ...] = (), prompt_rest: str = "") -> None:
+    def __init__(
+        self, tokens: TokenStream, stops: tuple[str, ...] = (), prompt_rest: str = "", *, kept: bool = False
+    ) -> None:
         self._tokens = tokens
+        self._kept = kept
         self._prompt_rest = prompt_rest
         self._stops = stops
         self._held = ""
@@ -50,7 +54,7 @@ class TextStream:
         found = [(at, stop) for at, stop in ((text.find(stop), stop) for stop in self._stops) if at >= 0]
         if found:
             at, self.stopped = min(found, key=lambda hit: hit[0])
-            return text[:at]
+            return text[: at + len(self.stopped) * self._kept]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,9 +1,12 @@
 """Run as a script: compile the grammar on stdin, make its first masks, and say on stdout what is wrong with it.
 
+stdin has {"grammar": ..., "vocabulary": tokens, "special": [texts of special tokens]}.
+
 A few bytes of grammar can take minutes and gigabytes, and no thread that compiles can be stopped: a process can. Knows
 nothing of hasten, so that it starts soon.
 """
 
+import json
 import resource
 import sys
 
@@ -17,12 +20,15 @@ STEPS = 4
 
 
 class Bytes:
-    """A tokenizer of single bytes."""
+    """A tokenizer of single bytes, empty tokens up to the model's vocabulary, and the model's special ones by name."""
 
     eos_token_id = 256
     bos_token_id = None
-    special_token_ids = (256,)
-    tokens = (*(bytes([i]) for i in range(256)), b"<eos>")
+
+    def __init__(self, vocabulary: int, special: list[str]) -> None:
+        plain = (*(bytes([i]) for i in range(256)), b"<eos>", *[b""] * (vocabulary - 257))
+        self.tokens = (*plain, *(name.encode() for name in special))
+        self.special_token_ids = (256, *range(len(plain), len(self.tokens)))
 
     def __call__(self, text: bytes) -> list[int]:
         return list(text)
@@ -34,14 +40,15 @@ def main() -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
     limits = LLParserLimits(max_lexer_states=LEXER_STATES, max_grammar_size=GRAMMAR_SIZE, verbose_errors=False)
-    tokens = LLTokenizer(TokenizerWrapper(Bytes()))
-    matcher = LLMatcher(tokens, sys.stdin.buffer.read().decode(), log_level=0, limits=limits)
+    task = json.load(sys.stdin.buffer)
+    tokens = LLTokenizer(TokenizerWrapper(Bytes(task["vocabulary"], task["special"])))
+    matcher = LLMatcher(tokens, task["grammar"], log_level=0, limits=limits)
     for _ in range(STEPS):  # what is compiled only as it is met shows by the first output that may be
-        mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-        following = [byte for byte in range(256) if mask[byte // 8 : byte // 8 + 1] and mask[byte // 8] >> byte % 8 & 1]
-        if not following:
+        mask = 0 if matcher.is_error() else int.from_bytes(matcher.compute_bitmask(), "little")
+        mask &= ~(1 << Bytes.eos_token_id)
+        if not mask:
             break
-        matcher.consume_token(following[0])
+        matcher.consume_token((mask & -mask).bit_length() - 1)
     sys.stdout.buffer.write(matcher.get_error().encode())
 
 

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from hasten.engine.guidance import Thought
 from hasten.engine.request import SamplingParams
 from hasten.errors import HastenError
 from hasten.server import routes
@@ -51,16 +52,20 @@ class Context:
         self.compilers = ThreadPoolExecutor(COMPILERS, "hasten-grammar")
         self.spelling = Spelling(self.config.served.tokenizer)
 
-    async def grammar(self, params: SamplingParams) -> dict[str, Any]:
-        """The argument of Engine.add that says what the output must look like. Raises InputError where it is invalid.
+    async def bounds(self, params: SamplingParams, thought: Thought | None = None) -> dict[str, Any]:
+        """The arguments of Engine.add that bind an output after any `thought`. Raises InputError for invalid ones.
 
-        Its compilation may take seconds, so it has threads of its own: other requests go on.
+        To compile a grammar may take seconds, so it has threads of its own: other requests go on.
         """
-        if params.structured_outputs is None:
+        engine, wanted = self.service.engine, params.structured_outputs
+        if not (wanted or params.bad_words or params.logit_bias or params.allowed_token_ids):
             return {}
-        compile = self.service.engine.guidance.compile
-        loop = asyncio.get_running_loop()
-        return {"grammar": await loop.run_in_executor(self.compilers, compile, params.structured_outputs)}
+
+        def make() -> dict[str, Any]:
+            grammar = engine.guidance.compile(wanted, thought) if wanted else None
+            return {"grammar": grammar, "constraints": engine.constraints(params, grammar)}
+
+        return await asyncio.get_running_loop().run_in_executor(self.compilers, make)
 
 
 def create_app(service: Service, config: Config) -> FastAPI:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hasten.errors import CheckpointError, ContextError, DependencyError, HastenError, InputError
-from hasten.server.ticket import EngineFault, Overloaded, Unavailable
+from hasten.server.ticket import EngineFault, GivenUp, Overloaded, Unavailable
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -42,8 +42,15 @@ def unsupported(name: str, why: str = "") -> RequestError:
     return RequestError(f"{name} is not supported{': ' + why if why else ''}", name, code="unsupported_parameter")
 
 
-def as_request_error(error: BaseException) -> RequestError:
-    """What a client is told of any exception; of our own bugs it is told nothing but that."""
+NAMED = re.compile(r"([a-z_.]+)(?: (?:is|has|takes|names|holds|needs?)|(?:,| and) .* leave) ")
+"""How our errors begin where they are about a field."""
+
+
+def as_request_error(error: BaseException, prompt: str = "prompt", schema: str = "") -> RequestError:
+    """What a client is told of any exception; of our own bugs it is told nothing but that.
+
+    `prompt` and `schema`: how its request calls the prompt, and what its structured output must be.
+    """
     match error:
         case RequestError():
             return error
@@ -54,14 +61,18 @@ def as_request_error(error: BaseException) -> RequestError:
             return RequestError(str(error), status=503, code="unavailable", headers={"Retry-After": "5"})
         case EngineFault():
             return RequestError(f"the engine failed: {error}", status=500, code="engine_fault")
+        case GivenUp():
+            return RequestError(str(error), status=500, code="structured_output_given_up")
         case ContextError():
-            return RequestError(_with_hint(error), "prompt", code="context_length_exceeded")
+            return RequestError(_with_hint(error), prompt, code="context_length_exceeded")
         case DependencyError():
             return RequestError(_with_hint(error), code="unsupported_parameter")
         case InputError() | CheckpointError():  # the latter: a chat template that is missing or at fault
-            named = re.match(r"([a-z_.]+) (?:is|has|takes) ", error.message)
-            of_prompt = error.message.startswith(("the prompt", "the text", "token id"))
-            return RequestError(_with_hint(error), named[1] if named else "prompt" if of_prompt else None)
+            message = _with_hint(error)
+            message = re.sub(r"structured_outputs\.json(_object)?\b", schema, message, count=1) if schema else message
+            named = NAMED.match(message)
+            of_prompt = message.startswith(("the prompt", "the text", "token id"))
+            return RequestError(message, named[1] if named else prompt if of_prompt else None)
     return RequestError("internal error", status=500, code="internal_error")
 
 

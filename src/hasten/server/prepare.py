@@ -18,16 +18,12 @@ SAMPLING = (
     *("logit_bias", "bad_words", "allowed_token_ids", "seed", "n"),
     *("min_tokens", "ignore_eos", "stop", "stop_token_ids", "include_stop_str_in_output"),
 )
-"""Fields that SamplingParams takes under the same name, as far as it knows them."""
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "include_stop_str_in_output": (False,),
-}
-"""Fields that await SamplingParams, with the values that ask for nothing and are taken already."""
-NEVER: dict[str, tuple[Any, ...]] = {"suffix": ("",), "spaces_between_special_tokens": (True,)}
+"""Fields that SamplingParams takes under the same name."""
+REFUSED = {"suffix": "", "spaces_between_special_tokens": True}
+"""Fields that are refused, with the values that ask for nothing."""
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may say for requests that do not."""
 STRUCTURED = frozenset(field.name for field in dataclasses.fields(StructuredOutputsParams))
-KNOWN = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 INLINE = 4096
 """Characters of text that are encoded at once; longer ones on another thread, so that the event loop goes on."""
 
@@ -42,10 +38,9 @@ def check_model(served: Served, name: str | None) -> None:
 def sampling(request: Generation, config: Config, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """How to draw. Raises RequestError for what is refused, InputError for values that make no sense."""
     _check_bounds(request, config.limits)
-    for name, neutral in (*NOT_YET.items(), *NEVER.items()):
-        value = getattr(request, name, None)
-        if value is not None and name not in KNOWN and value not in neutral:
-            raise unsupported(name, "not supported yet" if name in NOT_YET else "")
+    for name, neutral in REFUSED.items():
+        if getattr(request, name, None) not in (None, neutral):
+            raise unsupported(name)
     if request.best_of not in (None, request.n or 1):
         raise unsupported("best_of", "only the value of n is")
     values: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs}
@@ -53,7 +48,7 @@ def sampling(request: Generation, config: Config, max_tokens: int | None, logpro
         value = getattr(request, name)
         if value is None and name in DEFAULTS:
             value = config.served.generation.get(name)
-        if value is not None and name in KNOWN:
+        if value is not None:
             values[name] = value
     if request.temperature is None and config.served.generation.get("do_sample") is False:
         values["temperature"] = 0.0
@@ -92,6 +87,12 @@ def structured(request: Generation) -> StructuredOutputsParams | None:
         name = f"response_format.json_schema.{unknown or 'schema'}"[:100]
         raise RequestError(f"{name} is {'unknown' if unknown else 'missing, or no object'}", name)
     return StructuredOutputsParams(json=described["schema"])
+
+
+def called(request: Generation) -> str:
+    """The request's own field that says what the output must look like; "" where that is structured_outputs."""
+    kind = request.response_format.get("type") if request.response_format else None
+    return {"json_schema": "response_format.json_schema.schema", "json_object": "response_format"}.get(str(kind), "")
 
 
 def _check_bounds(request: Generation, limits: HttpLimits) -> None:

@@ -260,6 +260,8 @@ def parse(raw: bytes, model: type[Body]) -> Body:
         raise RequestError("the body is nested too deeply") from None
     except ValueError as error:  # JSONDecodeError, bytes that are no UTF-8, numbers of thousands of digits
         raise RequestError(f"the body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(document, dict):
+        raise RequestError("the body must be a JSON object")
     try:
         return model.model_validate(document)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hasten.engine.guidance import Thought
 from hasten.server.texts import split_at
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -53,3 +54,9 @@ class Reasoning:
 def opened(prompt: str) -> bool:
     """Whether a rendered prompt ends inside a thought."""
     return prompt.rstrip().endswith(OPEN)
+
+
+def thought(template: str, prompt: str) -> Thought | None:
+    """What may stand before an answer to a rendered prompt; None where prompt or model leave no room for it."""
+    closed = prompt.rstrip().endswith(CLOSE)
+    return Thought(OPEN, CLOSE, opened(prompt)) if thinks(template) and not closed else None

@@ -21,7 +21,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.request import SamplingParams, Sequence
 from hasten.errors import HastenError
 from hasten.server.stats import Stats
-from hasten.server.ticket import Delta, EngineFault, Item, Overloaded, Ticket, Unavailable
+from hasten.server.ticket import Delta, EngineFault, GivenUp, Item, Overloaded, Ticket, Unavailable
 
 log = logging.getLogger("hasten.server")
 
@@ -97,7 +97,7 @@ class Service:
         Raises InputError or ContextError where it cannot be run, Overloaded where the queue is full, Unavailable where
         nothing is taken on any more.
         """
-        checked = {k: v for k, v in how.items() if k not in ("cache_salt", "skip_special_tokens", "grammar")}
+        checked = {k: v for k, v in how.items() if k not in ("cache_salt", "skip_special_tokens")}
         self.engine.check(prompt, params, **checked)
         ticket = Ticket(asyncio.get_running_loop(), params.n, self._cancel)
         with self._changed:
@@ -181,12 +181,13 @@ class Service:
             return
         try:
             sequences = self.engine.add(prompt, params, **how)
-        except Exception as error:
-            if not isinstance(error, HastenError):
-                log.exception("a request could not be queued")
-                error = EngineFault(_reason(error))
-            self._post(ticket, error)
+        except BaseException as error:
+            self._post(ticket, error if isinstance(error, HastenError) else EngineFault(_reason(error)))
             self._release(params.n, "error")
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, HastenError):
+                log.error("a request could not be queued", exc_info=error)
             return
         self.stats.prompt_tokens += len(prompt)
         self._live.update((s, _Choice(ticket, i, ticket.submitted)) for i, s in enumerate(sequences))
@@ -203,9 +204,9 @@ class Service:
             choice = self._live.get(sequence)
             if choice is None:
                 continue
-            if sequence.error is not None:
-                log.error("a request failed alone", exc_info=sequence.error)
-                self._post(choice.ticket, EngineFault(_reason(sequence.error)))
+            failure = _failure(sequence)
+            if failure:
+                self._post(choice.ticket, failure)
                 self._abort(choice.ticket, "error")
                 continue
             if len(sequence.tokens) - sequence.prompt_length > choice.tokens:
@@ -261,7 +262,7 @@ class Service:
                 self.restarts += 1
                 log.warning("the engine was started anew after: %s", self.cause)
                 return True
-            except Exception as second:
+            except BaseException as second:  # a panic too: a thread that ends without a word leaves clients waiting
                 log.error("the engine cannot be started anew", exc_info=second)
         with self._changed:
             if self.state != "stopped":
@@ -284,6 +285,17 @@ class Service:
                 self._post(command.args[0], error)
                 self._release(command.args[2].n, "error")
         self._fail_live(error)
+
+
+def _failure(sequence: Sequence) -> Exception | None:
+    """What befell a sequence alone."""
+    if sequence.error is not None:
+        log.error("a request failed alone", exc_info=sequence.error)
+        return EngineFault(_reason(sequence.error))
+    if sequence.finish_reason == "abort":  # nobody but the engine ends what is still in its steps
+        log.warning("%s", sequence.stop_reason)
+        return GivenUp(str(sequence.stop_reason))
+    return None
 
 
 def _delta(sequence: Sequence, choice: _Choice) -> Delta:

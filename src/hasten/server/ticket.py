@@ -27,6 +27,10 @@ class EngineFault(Exception):
     """The engine failed while it had this request."""
 
 
+class GivenUp(Exception):
+    """What the output had to look like met limits midway: what there is of it is not what was asked for."""
+
+
 @dataclass(slots=True)
 class Delta:
     """What one choice has gained. Log-probabilities stand beside the tokens, one each."""

@@ -51,16 +51,14 @@ def family(template: str) -> Family | None:
     return "llama3" if "ipython" in template and '"parameters"' in template else None
 
 
-def special_marks(family: Family) -> bool:
-    """Whether the marks of calls are special tokens, which text leaves out unless it is told not to."""
-    return family != "hermes"
-
-
 class ToolCalls:
-    """Parts one answer as it comes into text and calls. What looks like a call and is none stays text."""
+    """Parts one answer as it comes into text and calls. What looks like a call and is none stays text.
 
-    def __init__(self, family: Family) -> None:
-        self._family = family
+    `one`: the answer ends with its first call, and what comes later is dropped.
+    """
+
+    def __init__(self, family: Family, one: bool = False) -> None:
+        self._family, self._one = family, one
         self._mark = {"hermes": OPEN, "mistral": TOOL_CALLS, "llama3": PYTHON_TAG}[family]
         self._held = ""
         self._inside = False
@@ -68,8 +66,15 @@ class ToolCalls:
         self.count = 0
         """Calls so far."""
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing later counts."""
+        return self._one and self.count > 0
+
     def push(self, text: str) -> tuple[str, list[Call]]:
         """(text, calls) that are new and certain."""
+        if self.full:
+            return "", []
         self._held += text
         made = ""
         calls: list[Call] = []
@@ -89,6 +94,9 @@ class ToolCalls:
             found = self._number(_object_call(body.strip()))
             calls += found
             made += "" if found else OPEN + body + CLOSE
+            if found and self._one:
+                self._held = ""
+                return made, calls
 
     def finish(self) -> tuple[str, list[Call]]:
         """The rest, once no text will follow."""
@@ -100,6 +108,7 @@ class ToolCalls:
         return ("", calls) if calls else ((self._mark if self._family != "llama3" else "") + rest, [])
 
     def _number(self, found: list[tuple[str, Any]]) -> list[Call]:
+        found = found[:1] if self._one else found
         self.count += len(found)
         length = 9 if self._family == "mistral" else 24  # Mistral's templates insist on nine letters and digits
         prefix = "" if self._family == "mistral" else "call_"

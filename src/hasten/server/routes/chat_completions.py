@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
-import time
+import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from hasten.engine.request import SamplingParams
-from hasten.server import logprobs, prepare, reasoning, tools
+from hasten.engine.request import PromptScores, SamplingParams, StructuredOutputsParams
+from hasten.errors import InputError
+from hasten.server import logprobs, prepare, reasoning, tool_choice, tools
 from hasten.server.app import ERRORS, Context, of, read, takes
-from hasten.server.errors import RequestError, unsupported
+from hasten.server.errors import RequestError, as_request_error, unsupported
 from hasten.server.protocol import ChatRequest
-from hasten.server.streams import DONE, EventStream, Json, answer, event
+from hasten.server.streams import EventStream, Json, answer
 from hasten.server.ticket import Delta, Ticket
-from hasten.server.usage import Usage
+from hasten.server.tool_choice import Offer
+from hasten.server.usage import Usage, events, head
 
 Object = dict[str, Any]
 
@@ -32,24 +34,34 @@ async def chat_completions(request: Request) -> Response:
     served = context.config.served
     prepare.check_model(served, body.model)
     params, how = _sampling(body, context), prepare.handling(body)
-    offered = _tools(body, context)
-    text = await prepare.chat_text(body, context.config, offered)
+    if body.prompt_logprobs is not None:
+        how["prompt_logprobs"] = body.prompt_logprobs
+    offered = tool_choice.offer(body, context.config)
+    text = await prepare.chat_text(body, context.config, offered.tools if offered else None)
     prompt = prepare.truncated(await prepare.encode(served, text, special=False), body)
-    family = tools.family(served.template) if offered else None
-    if family and tools.special_marks(family):
+    if offered and tool_choice.special_marks(offered, served.tokenizer):
         how["skip_special_tokens"] = False
-    how |= await context.grammar(params)
-    ticket = context.service.submit(prompt, params, **how)
+    if offered and offered.must:
+        wanted = tool_choice.grammar(offered, served.template, served.tokenizer)
+        params = replace(params, structured_outputs=StructuredOutputsParams(grammar=wanted))
+    try:
+        how |= await context.bounds(params, reasoning.thought(served.template, text))
+        ticket = context.service.submit(prompt, params, **how)
+    except InputError as error:
+        if offered and offered.must and "structured_outputs.grammar" in error.message:
+            loop, guidance = asyncio.get_running_loop(), context.service.engine.guidance
+            raise await loop.run_in_executor(context.compilers, tool_choice.fault, offered, guidance, error) from None
+        raise as_request_error(error, "messages", prepare.called(body)) from None
     inside = reasoning.opened(text) if reasoning.thinks(served.template) else None
-    run = _Run(context, body, ticket, prompt, [_Choice(prompt[-1], inside, family) for _ in range(params.n)])
+    run = _Run(context, body, ticket, prompt, [_Choice(prompt[-1], inside, offered) for _ in range(params.n)])
     if body.stream:
-        return EventStream(run.events(), ticket.cancel)
+        return EventStream(events(run.shown(), run.head, run.usage, body), ticket.cancel)
     return Json(await answer(request, [ticket], run.document()))
 
 
 def _sampling(body: ChatRequest, context: Context) -> SamplingParams:
-    if body.prompt_logprobs is not None:
-        raise unsupported("prompt_logprobs", "only /v1/completions has it")
+    if body.prompt_logprobs is not None and body.stream:
+        raise unsupported("prompt_logprobs", "with stream it is not")
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("top_logprobs only goes with logprobs: true", "top_logprobs")
     prepare.check_logprobs("top_logprobs", body.top_logprobs, context.config.limits)
@@ -62,40 +74,28 @@ def _sampling(body: ChatRequest, context: Context) -> SamplingParams:
     return prepare.sampling(body, context.config, wanted, (body.top_logprobs or 0) if body.logprobs else None)
 
 
-def _tools(body: ChatRequest, context: Context) -> list[Object] | None:
-    """The tools that the template is told of; None for none. Raises RequestError where they cannot be had."""
-    choice = body.tool_choice
-    if choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "not supported yet, but for 'auto' and 'none'")
-    if body.parallel_tool_calls is False:
-        raise unsupported("parallel_tool_calls", "calls cannot be kept to one")
-    if not body.tools or choice == "none":
-        return None
-    if len(body.tools) > context.config.limits.tools:
-        raise RequestError(f"tools may hold at most {context.config.limits.tools}", "tools")
-    if tools.family(context.config.served.template) is None:
-        raise unsupported("tools", "this model's chat template knows none that can be read")
-    for i, tool in enumerate(body.tools):
-        function = tool.get("function")
-        named = isinstance(function, dict) and isinstance(function.get("name"), str)
-        if tool.get("type") != "function" or not named:
-            raise RequestError(f"tools[{i}] must be of type 'function', with a function that has a name", f"tools[{i}]")
-    return body.tools
-
-
 class _Choice:
     """One answer on its way: text in, what it adds to thought, answer and calls out."""
 
-    def __init__(self, before: int, inside: bool | None, family: tools.Family | None) -> None:
+    def __init__(self, before: int, inside: bool | None, offered: Offer | None) -> None:
         self.before = before
         self.begun = False
         self.waiting: list[Object] = []  # log-probabilities of text that is held back
         self._reasoning = None if inside is None else reasoning.Reasoning(inside)
-        self._calls = tools.ToolCalls(family) if family else None
+        self._calls = tools.ToolCalls(offered.family, offered.one) if offered else None
+        self._reason = "stop" if offered and offered.named else "tool_calls"
+        self._must = offered is not None and offered.must
 
     @property
     def calls(self) -> int:
         return self._calls.count if self._calls else 0
+
+    def reason(self, given: str | None) -> str | None:
+        """Why it ended, as OpenAI has it: a named tool's call is a "stop". The only call that may be ends it too."""
+        full = self._calls is not None and self._calls.full
+        if full and not self._must:  # else a grammar ends it
+            return self._reason
+        return self._reason if given == "stop" and self.calls else given
 
     def push(self, text: str, last: bool) -> Object:
         """The `delta` of a chunk: role, reasoning_content, content, tool_calls, as far as there is something new."""
@@ -126,59 +126,65 @@ class _Run:
         self, context: Context, body: ChatRequest, ticket: Ticket, prompt: list[int], choices: list[_Choice]
     ) -> None:
         self._context, self._body, self._ticket, self._choices = context, body, ticket, choices
-        self._usage = Usage([prompt])
-        self._head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": context.config.served.names[0],
-        }
+        self._prompt, self._prompt_logprobs = prompt, list[Any]()
+        self.usage = Usage([prompt])
+        self.head = head(context.config.served, "chatcmpl", "chat.completion.chunk")
 
-    async def events(self) -> AsyncIterator[bytes]:
-        options = self._body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        blank = {"usage": None} if with_usage else {}
+    async def _parts(self) -> AsyncIterator[Object]:
+        """What comes of each choice, as it comes, until each has ended."""
+        going = set(range(len(self._choices)))
         async for delta in self._ticket:
-            part = self._part(delta)
+            if delta.prompt_scores and not self._prompt_logprobs:
+                self._prompt_logprobs = await asyncio.to_thread(self._spelled_prompt, delta.prompt_scores)
+            if delta.index in going:
+                part = self._part(delta)
+                going -= {delta.index} if part["finish_reason"] else set()
+                yield part
+            if not going:
+                self._ticket.cancel()
+                return
+
+    async def shown(self) -> AsyncIterator[Object]:
+        """Parts that tell a client something."""
+        async for part in self._parts():
             if part["delta"] or part["finish_reason"]:
-                yield event({**self._head, "choices": [part], **blank})
-        if with_usage:
-            yield event({**self._head, "choices": [], "usage": self._usage.document})
-        yield DONE
+                yield part
+
+    def _spelled_prompt(self, scores: PromptScores) -> list[Any]:
+        return logprobs.prompt(self._context.spelling, self._prompt, scores.logprobs, scores.likeliest)
 
     async def document(self) -> Object:
         choices = [
             {"index": i, "message": {"role": "assistant", "content": None}, "logprobs": None, "finish_reason": None}
             for i in range(len(self._choices))
         ]
-        async for delta in self._ticket:
-            part = self._part(delta)
+        async for part in self._parts():
             _join(choices[part["index"]], part)
         for choice in choices:
             message = choice["message"]
             assert isinstance(message, dict)
             if message["content"] is None and "tool_calls" not in message:
                 message["content"] = ""
-        whole = {**self._head, "object": "chat.completion"}
-        return {**whole, "choices": choices, "usage": self._usage.document}
+        whole = {**self.head, "object": "chat.completion", "choices": choices, "usage": self.usage.document}
+        return {**whole, "prompt_logprobs": self._prompt_logprobs} if self._prompt_logprobs else whole
 
     def _part(self, delta: Delta) -> Object:
         """What a delta adds to its choice, in the form of a streamed choice."""
-        self._usage.add(0, delta)
-        choice, reason = self._choices[delta.index], delta.finish_reason
+        self.usage.add(0, delta)
+        choice = self._choices[delta.index]
         if self._body.logprobs:
             choice.waiting += logprobs.chat(
                 self._context.spelling, choice.before, delta.token_ids, delta.logprobs, delta.top
             )
         choice.before = delta.token_ids[-1] if delta.token_ids else choice.before
-        added = choice.push(delta.text, last=reason is not None)
+        added = choice.push(delta.text, last=delta.finish_reason is not None)
+        reason = choice.reason(delta.finish_reason)
         spelled = None
         if added or reason:
             choice.begun = True
             if self._body.logprobs:
                 spelled, choice.waiting = {"content": choice.waiting, "refusal": None}, []
-        named = "tool_calls" if reason == "stop" and choice.calls else reason
-        part: Object = {"index": delta.index, "delta": added, "logprobs": spelled, "finish_reason": named}
+        part: Object = {"index": delta.index, "delta": added, "logprobs": spelled, "finish_reason": reason}
         return {**part, "stop_reason": delta.stop_reason} if reason else part
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,13 +10,14 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from hasten.engine.request import SamplingParams
+from hasten.errors import InputError
 from hasten.server import logprobs, prepare
 from hasten.server.app import ERRORS, Context, of, read, takes
-from hasten.server.errors import unsupported
+from hasten.server.errors import as_request_error, unsupported
 from hasten.server.protocol import CompletionRequest
-from hasten.server.streams import DONE, EventStream, Json, answer, event, merged
+from hasten.server.streams import EventStream, Json, answer, merged
 from hasten.server.ticket import Delta, Ticket
-from hasten.server.usage import Usage
+from hasten.server.usage import Usage, events, head
 
 DEFAULT_TOKENS = 16
 
@@ -33,7 +32,10 @@ async def completions(request: Request) -> Response:
     prepare.check_model(context.config.served, body.model)
     params, how = _sampling(body, context)
     prompts = await prepare.prompts(body, context.config)
-    how |= await context.grammar(params)
+    try:
+        how |= await context.bounds(params)
+    except InputError as error:
+        raise as_request_error(error, schema=prepare.called(body)) from None
     tickets: list[Ticket] = []
     try:
         for prompt in prompts:
@@ -43,7 +45,7 @@ async def completions(request: Request) -> Response:
         raise
     run = _Run(context, body, params, prompts, tickets)
     if body.stream:
-        return EventStream(run.events(), lambda: _cancel(tickets))
+        return EventStream(events(run.parts(), run.head, run.usage, body), lambda: _cancel(tickets))
     return Json(await answer(request, tickets, run.document()))
 
 
@@ -90,38 +92,23 @@ class _Run:
         self._context, self._body, self._params = context, body, params
         self._prompts, self._tickets = prompts, tickets
         self._choices = [_Choice(prompt) for prompt in prompts for _ in range(params.n)]
-        self._usage = Usage(prompts)
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": context.config.served.names[0],
-        }
+        self.usage = Usage(prompts)
+        self.head = head(context.config.served, "cmpl", "text_completion")
 
-    async def events(self) -> AsyncIterator[bytes]:
-        options = self._body.stream_options
-        with_usage = options is not None and bool(options.include_usage)
-        blank = {"usage": None} if with_usage else {}
+    async def parts(self) -> AsyncIterator[dict[str, Any]]:
+        """What comes of each choice, as it comes."""
         async for number, delta in merged(self._tickets):
-            self._usage.add(number, delta)
-            yield event({**self._head, "choices": [await self._made(number, delta)], **blank})
-        if with_usage:
-            yield event({**self._head, "choices": [], "usage": self._usage.document})
-        yield DONE
+            self.usage.add(number, delta)
+            if delta.prompt_scores:  # to spell a whole prompt's log-probabilities takes its time
+                yield await asyncio.to_thread(self._part, number, delta)
+            else:
+                yield self._part(number, delta)
 
     async def document(self) -> dict[str, Any]:
         choices: list[dict[str, Any]] = [{} for _ in self._choices]
-        async for number, delta in merged(self._tickets):
-            self._usage.add(number, delta)
-            part = await self._made(number, delta)
+        async for part in self.parts():
             _join(choices[part["index"]], part)
-        return {**self._head, "choices": choices, "usage": self._usage.document}
-
-    async def _made(self, number: int, delta: Delta) -> dict[str, Any]:
-        """`_part`, on another thread where a whole prompt's log-probabilities are to be spelled."""
-        if delta.prompt_scores:
-            return await asyncio.to_thread(self._part, number, delta)
-        return self._part(number, delta)
+        return {**self.head, "choices": choices, "usage": self.usage.document}
 
     def _part(self, number: int, delta: Delta) -> dict[str, Any]:
         """What a delta adds to its choice, in the form of a streamed choice."""
