@@ -49,8 +49,9 @@ def reporter() -> Iterator[Report]:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left {task.fields[detail]}"))
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as display:
+    times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
+    beside = TextColumn("{task.fields[detail]}")
+    with Progress(*columns, *times, beside, console=Console(stderr=True), transient=True) as display:
         tasks = {}
 
         def report(stage: str, done: int, total: int, detail: str = "") -> None:

@@ -22,12 +22,11 @@ from hasten.server.batch_output import FAULT, Results, Summary
 from hasten.server.config import Config, HttpLimits, Served
 from hasten.server.errors import RequestError
 from hasten.server.service import SWITCH_SECONDS, Service, ServiceLimits
-from hasten.server.streams import encoded
 
 UNDER_WAY = 2
 """Requests under way for each that the engine computes at once: the next are ready when one ends."""
 FAULTS = 4
-"""So many times the requests under way may fail by the engine, none succeeding between, before the batch is given up."""
+"""So many times the requests under way may fail by the engine's fault, none succeeding between."""
 TELL_SECONDS = 0.5
 GONE = 503
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +53,8 @@ class Summary:
     tokens_per_second: float
 
 
-class _Answer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Answer:
     index: int
     status: int
     usage: dict[str, Any]
@@ -203,7 +204,8 @@ class Results:
             line = json.loads(raw)
             custom_id, response = line["custom_id"], line["response"]
             index = self._requests.index(custom_id) if line["id"] == self.id(custom_id) else None
-            return None if index is None else _Answer(index, int(response["status_code"]), _usage(response["body"]), end)
+            status, usage = int(response["status_code"]), _usage(response["body"])
+            return None if index is None else _Answer(index, status, usage, end)
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message
 
 
 async def post(app: ASGIApp, path: str, body: bytes) -> tuple[int, bytes]:
-    """The status and the body of what `app` answers to a POST of JSON. Whatever it raises before answering is raised."""
+    """The status and the body of what `app` answers to a POST of JSON. What it raises before answering is raised."""
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0"},
