@@ -138,9 +138,10 @@ def interrupted(llm: LLM, path: Path, out: Path, after: int, monkeypatch: pytest
             raise Stopped
         add(self, *answer)
 
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(Results, "add", stopping)
-        run(llm, path, out)
+        with pytest.raises(Stopped):
+            run(llm, path, out)
     partial = out.with_name(out.name + ".partial").read_bytes()
     assert partial.count(b"\n") == after
     return partial
@@ -203,10 +204,15 @@ def test_restart_drops_what_is_there_but_an_output_only_for_another(
     assert len(read(out)) == 4
 
 
-def test_a_file_that_changes_while_it_is_answered(llm: LLM, tmp_path: Path) -> None:
-    path, out = some(tmp_path / "in.jsonl", 30), tmp_path / "out.jsonl"
+def test_a_file_that_changes_while_it_is_answered(tmp_path: Path) -> None:
+    path = some(tmp_path / "in.jsonl", 30)
     whole = path.read_bytes()
-    for changed in (whole.replace(b'"29"', b'"xx"'), whole + GOOD + b"\n", whole[:-60], whole.replace(b"read", b"load")):
+    for changed in (
+        whole.replace(b'"29"', b'"xx"'),
+        whole + GOOD + b"\n",
+        whole[:-60],
+        whole.replace(b"read", b"load"),
+    ):
         path.write_bytes(whole)
         requests = Requests(path, ["demo"])
         path.write_bytes(changed)
@@ -249,7 +255,9 @@ def test_a_full_disk_keeps_what_is_written(llm: LLM, tmp_path: Path, monkeypatch
 def process(path: Path, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "hasten", "batch", "demo", str(path), "-o", str(out), "--max-batch", "2"]
     here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([*command, "--threads", "1", "--context", "512"], stderr=subprocess.PIPE, text=True, env=here)
+    return subprocess.Popen(
+        [*command, "--threads", "1", "--context", "512"], stderr=subprocess.PIPE, text=True, env=here
+    )
 
 
 def work(path: Path) -> Path:
