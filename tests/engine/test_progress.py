@@ -9,12 +9,12 @@ import pytest
 from hasten import LLM, SamplingParams
 from hasten.engine import progress
 
-LONG = "def read " * 400
+LONG = "x = 1\n" * 180
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM("demo", context=2048, max_batch=2, threads=1)
+    return LLM("demo", context=1024, max_batch=2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,10 @@ def test_one_long_prompt_moves_as_it_is_read_and_answered(llm: LLM) -> None:
         LONG, SamplingParams(max_tokens=20, ignore_eos=True), progress=lambda *what: told.append(what)
     )
     prompt = len(output.prompt_token_ids)
-    assert prompt > 2 * 512  # it is read in several steps
+    assert 512 < prompt < 1000  # it is read in two steps
     assert {(stage, total) for stage, _, total in told} == {("generating", prompt + 20)}
     done = [count for _, count, _ in told]
-    assert done[:2] == [512, 1024]
-    assert done[-20:] == [*range(prompt + 2, prompt + 20), prompt + 20, prompt + 20]
-    assert done == sorted(done)
+    assert done == [512, *range(prompt + 1, prompt + 21), prompt + 20]
 
 
 def test_an_answer_that_ends_early_is_done(llm: LLM) -> None:
@@ -47,14 +45,14 @@ def test_an_answer_that_ends_early_is_done(llm: LLM) -> None:
 
 def test_lines_tell_of_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     params = SamplingParams(max_tokens=100, ignore_eos=True)
-    (output,) = llm.generate(LONG, params, use_tqdm=True)
-    prompt, steps = len(output.prompt_token_ids), -(-len(output.prompt_token_ids) // 512)
+    (output,) = llm.generate(LONG.replace("x", "y"), params, use_tqdm=True)  # of which nothing is in the cache
+    prompt = len(output.prompt_token_ids)
     shown = capsys.readouterr()
     assert shown.out == ""
     lines = shown.err.splitlines()
-    assert lines[0] == "generating: 0 of 1 done, 1024 tokens read, 0 written, 0.0 tokens/s"
-    assert lines[1].startswith(f"generating: 0 of 1 done, {prompt} tokens read, {13 - steps} written, ")
-    assert len(lines) == 11
+    assert lines[0] == f"generating: 0 of 1 done, {prompt} tokens read, 1 written, 0.5 tokens/s"
+    assert lines[1].startswith(f"generating: 0 of 1 done, {prompt} tokens read, 11 written, ")
+    assert len(lines) == 10
 
 
 def test_a_terminal_has_one_line(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +62,7 @@ def test_a_terminal_has_one_line(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> N
     llm.generate("a", SamplingParams(max_tokens=5, ignore_eos=True), use_tqdm=True)
     shown = terminal.getvalue()
     assert shown.count("\n") == 1
-    assert shown.endswith(" 5 written, 0.7 tokens/s\x1b[K\n")
+    assert shown.endswith(" 5 written, 0.8 tokens/s\x1b[K\n")
 
 
 def test_what_is_over_soon_says_nothing(

@@ -30,7 +30,7 @@ def test_killed_at_many_moments_it_ends_as_if_it_never_was(tmp_path: Path) -> No
     counts = run(files, calm, "never")
     drawn = random.Random(4)
     early = drawn.randrange(2, counts["put"] // 2)
-    for moment in ("report 2", f"put {early}", "fsync 1", f"fsync {counts['fsync']}", "rename 2"):
+    for moment in ("report 30", f"put {early}", "fsync 1", f"fsync {counts['fsync']}", "rename 2"):
         run(files, out, moment)
         assert [p.name for p in out.parent.iterdir()] == ["fast.work"], moment
     again = run(files, out, "never")
