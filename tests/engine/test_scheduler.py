@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from hasten.engine.blocks import Blocks
 from hasten.engine.request import SamplingParams, Sequence
-from hasten.engine.scheduler import Scheduler, Span
+from hasten.engine.scheduler import MIXED_TOKENS, Scheduler, Span
 
 SIZE = 4
 
@@ -155,6 +155,38 @@ def test_running_ones_share_a_prefix_and_the_last_token_is_always_computed() -> 
     assert first.blocks[0] == second.blocks[0]
     assert first.blocks[1] != second.blocks[1]
     world.run([first, second])
+
+
+def test_a_prompt_sent_many_times_at_once_is_computed_once() -> None:
+    world = World(blocks=64, max_tokens=8, max_sequences=4)
+    prompt = list(range(4 * SIZE + 2))
+    same = [sequence(prompt, 3) for _ in range(3)]
+    other = sequence([9] * SIZE, 3)
+    for one in (*same, other):
+        world.add(one)
+    spans = []
+    while any(s.computed < s.prompt_length for s in (*same, other)):
+        spans += [s for s in world.step() if s.start < s.sequence.prompt_length]
+    computed = [sum(s.stop - s.start for s in spans if s.sequence is one) for one in (*same, other)]
+    assert computed == [4 * SIZE + 2, 2, 2, SIZE]
+    assert [s.cached for s in same] == [0, 4 * SIZE, 4 * SIZE]
+    world.run(same)
+
+
+def test_prompts_come_in_small_chunks_while_others_decode() -> None:
+    world = World(blocks=512, max_tokens=512, max_sequences=4)
+    first, second = sequence([1] * 9, 50), sequence([2] * 400, 2)
+    world.add(first)
+    world.add(second)
+    assert sum(s.stop - s.start for s in world.step()) == 409, "nobody waits for a token yet"
+    third = sequence([3] * 400, 2)
+    world.add(third)
+    taken = []
+    while third.remaining > 1:
+        spans = {id(s.sequence): s.stop - s.start for s in world.step()}
+        assert spans[id(first)] == 1
+        taken.append(spans[id(third)])
+    assert taken == [MIXED_TOKENS] * 4 + [400 - 4 * MIXED_TOKENS]
 
 
 def test_the_youngest_makes_room_and_comes_back() -> None:

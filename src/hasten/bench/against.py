@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hasten.bench import machine
+from hasten.bench import machine, servers
 from hasten.bench.contenders import Contender, Field
 from hasten.bench.latency import Ratio, ratio
 from hasten.bench.peers.common import PeerError, Report, Workload
@@ -28,6 +28,7 @@ SLOW_SECONDS = 15.0  # an engine that takes longer is not asked again: that is i
 TRIALS = 2  # of each setting, where there are several
 COLD_STEPS = 8  # steps after a first token from cold, before its peak of memory is read
 PARTIAL = "partial.json"
+LATENCIES = (("ttft", "p50"), ("ttft", "p99"), ("itl", "p50"), ("itl", "p99"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Measured:
     engine: str
     seconds: list[float]
     choice: dict[str, Any]
+    served: Sequence[dict[str, float]] = ()
+    """Of servers, for each round: milliseconds of `LATENCIES`, and for hasten `alone`, seconds of the engine alone."""
     via: str = ""
     peak: int = 0
     error: str = ""
@@ -66,21 +69,25 @@ def measure(field: Field, workload: Workload, rounds: int, threads: int, report:
         found[contender.name] = trial(contender, workload)
     running = [c for c in field.contenders if not _finished(found[c.name])]
     taken: dict[str, list[float]] = {c.name: [] for c in running}
+    served: dict[str, list[dict[str, float]]] = {c.name: [] for c in running}
     limits = []
     for turn in range(rounds):
         limits.append(machine.limits(LIMIT_SECONDS, threads))
         for number, contender in enumerate(list(running)):
             report(f"{workload.name}: round {turn + 1} of {rounds}", number, len(running))
-            one = attempt(contender, workload, found[contender.name].choice)
+            one = attempt(contender, workload, found[contender.name].choice, turn + 1)
             taken[contender.name] += one.seconds
-            found[contender.name] = replace(one, seconds=taken[contender.name])
+            served[contender.name] += one.served
+            found[contender.name] = replace(one, seconds=taken[contender.name], served=served[contender.name])
             if _finished(one):
                 running.remove(contender)
+    for contender in field.contenders:
+        contender.close_server()
     return summarise(field, workload, list(found.values()), limits)
 
 
 def _finished(measured: Measured) -> bool:
-    return bool(measured.error) or sum(measured.seconds) > SLOW_SECONDS
+    return bool(measured.error) or (sum(measured.seconds) > SLOW_SECONDS and not measured.served)
 
 
 def trial(contender: Contender, workload: Workload) -> Measured:
@@ -88,10 +95,10 @@ def trial(contender: Contender, workload: Workload) -> Measured:
     choices = contender.choices(workload)
     if not choices:
         return Measured(contender.name, [], {}, error="not measured: compiling takes longer than it would save")
-    if workload.kind == "ttft-cold" and len(choices) == 1:
+    if workload.kind in ("ttft-cold", "serve") and len(choices) == 1:
         return Measured(contender.name, [], choices[0])
     tried: list[Measured] = []
-    for _ in range(TRIALS if len(choices) > 1 else 1):
+    for _ in range(TRIALS if len(choices) > 1 and workload.kind != "serve" else 1):
         tried += [attempt(contender, workload, choice) for choice in choices]
         if any(_finished(t) for t in tried):
             break
@@ -99,9 +106,11 @@ def trial(contender: Contender, workload: Workload) -> Measured:
     return min(working, key=lambda t: t.seconds[0]) if working else tried[0]
 
 
-def attempt(contender: Contender, workload: Workload, choice: dict[str, Any]) -> Measured:
-    """One measurement; what goes wrong is in `error`."""
+def attempt(contender: Contender, workload: Workload, choice: dict[str, Any], turn: int = 0) -> Measured:
+    """One measurement; what goes wrong is in `error`. `turn`: servers get other prompts in each."""
     try:
+        if workload.kind == "serve":
+            return _served(contender, workload, choice, turn)
         if workload.kind == "ttft-cold":
             seconds, peak = first_token_cold(contender, workload)
             return Measured(contender.name, [seconds], choice, peak=peak)
@@ -116,6 +125,16 @@ def attempt(contender: Contender, workload: Workload, choice: dict[str, Any]) ->
     except PeerError as error:
         contender.close()  # what it can still do, it does in a new process
         return Measured(contender.name, [], choice, error=str(error))
+
+
+def _served(contender: Contender, workload: Workload, choice: dict[str, Any], turn: int) -> Measured:
+    if contender.serve is None:
+        return Measured(contender.name, [], choice, error="not measured: it has no server of its own")
+    found = contender.server(workload, choice).measure(workload, turn)
+    latency = {f"{name}_{point}": float(found["latency_ms"][name][point]) for name, point in LATENCIES}
+    if contender.peer == "hasten":
+        latency["alone"] = float(contender.runner.call("alone", workload=asdict(workload), turn=turn)["seconds"])
+    return Measured(contender.name, [float(found["seconds"])], choice, [latency])
 
 
 def first_token_cold(contender: Contender, workload: Workload) -> tuple[float, int]:
@@ -157,6 +176,11 @@ def summarise(
             for ours in field.contenders
             if ours.peer == "hasten"
         },
+        "itl_p99_ratios": {
+            ours.name: ratios(ours, field.contenders, {m.engine: [s["itl_p99"] for s in m.served] for m in found})
+            for ours in field.contenders
+            if ours.peer == "hasten" and workload.kind == "serve"
+        },
     }
 
 
@@ -181,6 +205,12 @@ def _figures(field: Field, workload: Workload, measured: Measured, limits: machi
         return shown
     first = workload.kind.startswith("ttft")
     count = workload.tokens if workload.kind == "prefill" else workload.batch * workload.new
+    if workload.kind == "serve":
+        count = servers.requests(workload) * workload.new
+        shown["latency_ms"] = {n: median(s[n] for s in measured.served) for n in measured.served[0] if n != "alone"}
+        if "alone" in measured.served[0]:
+            alone = [s["alone"] / seconds for s, seconds in zip(measured.served, measured.seconds, strict=True)]
+            shown["of_engine_alone"] = asdict(ratio(alone))
     values = [s * 1e3 if first else count / s for s in measured.seconds]
     shown |= {"unit": "ms" if first else "tokens/s", **asdict(ratio(values))}
     contender = next(c for c in field.contenders if c.name == measured.engine)

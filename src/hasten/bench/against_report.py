@@ -15,6 +15,8 @@ DESCRIPTIONS = {
     "prefill": "a prompt of {tokens} tokens, to its first token",
     "decode": "{batch} sequences step together from depth {depth}, {new} steps",
     "depth": "one sequence steps from depth {depth}, {new} steps",
+    "serve": "{batch} clients of the engine's own server, each with one request at a time: prompts of 128 to {tokens} "
+    "tokens, {new} new; output tokens a second of all together",
     "ttft-warm": "a prompt of {tokens} tokens to its first token, in a process that is ready",
     "ttft-cold": "from starting the process to the first token of a prompt of {tokens}",
 }
@@ -81,6 +83,22 @@ def percent(figures: Mapping[str, Any]) -> str:
     return f"{figures['share_of_limit']:.0%}" if "share_of_limit" in figures else ""
 
 
+def latencies(figures: Mapping[str, Any]) -> str:
+    """Of a server: how long its clients wait, and what is left of its engine's speed."""
+    if "latency_ms" not in figures:
+        return ""
+    waits = (("first token", "ttft_p50"), ("p99", "ttft_p99"), ("between tokens", "itl_p50"), ("p99", "itl_p99"))
+    shown = ", ".join(f"{label} {number(figures['latency_ms'][key])}" for label, key in waits)
+    alone = figures.get("of_engine_alone")
+    return f"; {shown} ms" + (f"; {alone['median']:.0%} of the engine alone" if alone else "")
+
+
+def gaps(workload: Mapping[str, Any], ours: str, peer: str) -> str:
+    """How many times as long the peer's longest waits between tokens are."""
+    found = (workload.get("itl_p99_ratios") or {}).get(ours, {}).get("peers", {}).get(peer)
+    return f", p99 between tokens {times(found)} as short" if found else ""
+
+
 def times(found: Mapping[str, Any] | None) -> str:
     if not found:
         return ""
@@ -98,11 +116,12 @@ def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
             row = {
                 "workload": workload["name"],
                 "engine": name,
-                "figure": f"{cell(figures)} {figures.get('unit', '')}".strip(),
+                "figure": f"{cell(figures)} {figures.get('unit', '')}{latencies(figures)}".strip(),
                 "of limit": percent(figures),
                 "set to": setting(figures),
                 "hasten is": "; ".join(
-                    f"{times(value)}{' *' if best == name else ''}{f' [{ours[7:]}]' if len(shown) > 1 else ''}"
+                    f"{times(value)}{' *' if best == name else ''}{gaps(workload, ours, name)}"
+                    f"{f' [{ours[7:]}]' if len(shown) > 1 else ''}"
                     for ours, value, best in shown
                 ),
             }

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from hasten import checkpoint, formats
 from hasten.backends.host import cache_folder
 from hasten.bench import peers
 from hasten.bench.peers.common import Environment, Job, PeerError, Prepared, Report, Runner, Variant, Workload, install
+from hasten.bench.servers import Server
+from hasten.bench.vocabulary import write_tokenizer
 from hasten.bench.work import Work, count
 from hasten.checkpoint.plain import random_tensors, write_plain
 from hasten.engine import memory
 from hasten.errors import OutputError
 
 SEED = 0
+Choice = dict[str, Any]
+Command = Callable[[Workload, Choice], list[str]]
 
 
 @dataclass
@@ -39,7 +44,11 @@ class Contender:
     load: dict[str, Any] = field(default_factory=dict)
     warm: bool = False
     """It has run something, so the next measurement does not begin cold."""
+    serve: Command | None = None
+    """Its server's command; None where it has none."""
+    listen: Callable[[list[str]], Server] | None = None
     _runner: Runner | None = None
+    _server: tuple[tuple[str, Choice], Server] | None = None
 
     @property
     def runner(self) -> Runner:
@@ -54,7 +63,23 @@ class Contender:
             self._runner = runner
         return self._runner
 
+    def server(self, workload: Workload, choice: Choice) -> Server:
+        """The process that serves for `workload`, set to `choice`; any other is ended. Raises PeerError."""
+        if self._server and self._server[0] == (workload.name, choice):
+            return self._server[1]
+        self.close_server()
+        assert self.serve
+        assert self.listen
+        self._server = (workload.name, choice), self.listen(self.serve(workload, choice))
+        return self._server[1]
+
+    def close_server(self) -> None:
+        if self._server:
+            self._server[1].close()
+        self._server = None
+
     def close(self) -> None:
+        self.close_server()
         if self._runner is not None:
             self._runner.close()
         self._runner, self.warm = None, False
@@ -89,7 +114,7 @@ def folder_for(model: checkpoint.Model, random: bool, cache: Path) -> Path:
     """Where the inputs of these weights lie: named by their config and, if they are not random, by their files."""
     digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
     if random:
-        digest.update(f"random {SEED}".encode())
+        digest.update(f"random {SEED}, with a tokenizer".encode())
     else:
         for file in sorted(model.path.glob("*.safetensors")):
             status = file.stat()
@@ -152,6 +177,8 @@ def _checkpoint(model: checkpoint.Model, random: bool, folder: Path, report: Rep
     if not path.exists():
         report("writing the shared weights", 0, 1)
         write_plain(path, model, random_tensors(model, SEED) if random else lambda spec: model.tensor(spec.name))
+        if not (path / "tokenizer.json").exists():
+            write_tokenizer(path, model.graph.vocabulary)
         report("writing the shared weights", 1, 1)
     return checkpoint.open(str(path))
 
@@ -173,9 +200,9 @@ def _hasten(
         work = _count(opened, load["kv_format"])
         variant = Variant(shown, bits_class(work.bits_per_weight))
         prepared = Prepared({"path": str(path)}, work.step_bytes, opened.bytes_on_disk, work.kv_bytes)
-        made.append(
-            _contender("hasten", variant, prepared, version, sys.executable, {}, load, logs, _no_choice, report)
-        )
+        ours = _contender("hasten", variant, prepared, version, sys.executable, {}, load, logs, _no_choice, report)
+        ours.serve = partial(_serve, path, load)
+        made.append(ours)
     return made
 
 
@@ -219,7 +246,10 @@ def _peer(
             continue
         environment, python = peer.environment(job.home), job.home.python
         choices = _choices(peer, variant)
-        made.append(_contender(name, variant, prepared, version, python, environment, load, logs, choices, job.report))
+        one = _contender(name, variant, prepared, version, python, environment, load, logs, choices, job.report)
+        if hasattr(peer, "serve"):
+            one.serve = partial(peer.serve, job, prepared)
+        made.append(one)
     return made, missing
 
 
@@ -257,7 +287,20 @@ def _contender(
             python, script, logs / f"{name.replace(' ', '-').replace('/', '-')}.log", environment, report, name
         )
 
-    return Contender(name, peer, variant, prepared, version, start, choices, {**load, **prepared.settings})
+    def listen(command: list[str]) -> Server:
+        return Server(command, environment, logs / f"{name.replace(' ', '-').replace('/', '-')}-server.log", report)
+
+    return Contender(
+        name, peer, variant, prepared, version, start, choices, {**load, **prepared.settings}, listen=listen
+    )
+
+
+def _serve(path: Path, load: Mapping[str, Any], workload: Workload, choice: Choice) -> list[str]:
+    """The command of hasten's own server."""
+    sizes = {"context": workload.length, "max-batch": workload.batch, "threads": load["threads"]}
+    given = {**sizes, "kv-format": load["kv_format"], "port": "{port}"}
+    command = [sys.executable, "-m", "hasten", "serve", str(path)]
+    return command + [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def discard(model: checkpoint.Model, random: bool, cache: Path) -> None:

@@ -1,4 +1,5 @@
-"""The names of what a bench beside peers measures: prefill-N, decode-BATCH, depth-N, ttft-cold, ttft-warm."""
+"""The names of what a bench beside peers measures: prefill-N, decode-BATCH, depth-N, ttft-cold, ttft-warm, and
+serve-CLIENTS where it is asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from hasten.errors import InputError
 
 DECODE_DEPTH, DECODE_STEPS, DEPTH_STEPS = 128, 16, 16
 FIRST_TOKEN_PROMPT = 512
+SERVED_PROMPT, SERVED_NEW = 512, 64
 ALL = (
     *(f"prefill-{n}" for n in (128, 512, 2048)),
     *(f"decode-{n}" for n in (1, 2, 4, 8, 16)),
@@ -23,14 +25,18 @@ def parse(name: str) -> Workload:
     kind, _, number = name.partition("-")
     if name in ("ttft-cold", "ttft-warm"):
         return Workload(name, name, tokens=FIRST_TOKEN_PROMPT)
-    if kind in ("prefill", "decode", "depth") and number.isdecimal() and 0 < int(number) < 1 << 24:
+    if kind in ("prefill", "decode", "depth", "serve") and number.isdecimal() and 0 < int(number) < 1 << 24:
         size = int(number)
         if kind == "prefill":
             return Workload(name, kind, tokens=size)
+        if kind == "serve":
+            return Workload(name, kind, tokens=SERVED_PROMPT, batch=size, new=SERVED_NEW)
         if kind == "decode":
             return Workload(name, kind, batch=size, depth=DECODE_DEPTH, new=DECODE_STEPS)
         return Workload(name, kind, depth=size, new=DEPTH_STEPS)
-    raise InputError(f"no such workload: {name}", f"workloads: {', '.join(ALL)}, and the same with other numbers")
+    raise InputError(
+        f"no such workload: {name}", f"workloads: {', '.join(ALL)}, serve-8, and the same with other numbers"
+    )
 
 
 def choose(names: Sequence[str], context: int) -> tuple[list[Workload], list[str]]:

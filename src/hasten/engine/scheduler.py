@@ -1,7 +1,8 @@
 """What the next step computes: continuous batching with chunked prefill under a token budget. No numerics here.
 
 Sequences run in the order of their rank: by priority, and by arrival within one. Each one that decodes gets its token;
-prompts share what the budget leaves. When blocks run out, the last in rank of those running gives its blocks up and
+prompts share what the budget leaves, and no more than a small chunk while others decode, whose next tokens wait for the
+step. When blocks run out, the last in rank of those running gives its blocks up and
 computes its tokens again later, so the first always goes on, and every sequence ends.
 """
 
@@ -16,6 +17,9 @@ from hasten.engine.request import Sequence
 
 PATIENCE = 256
 """Steps that one level of priority is worth: what waits longer goes before what comes later, so that nobody starves."""
+MIXED_TOKENS = 96
+"""Of prompts in a step in which others decode. Kernels compute a chunk of so many as fast a token as one of 512 (within
+3%, docs/kernels.md), and a decoding client waits a quarter as long for its next token."""
 
 _RANK = attrgetter("rank")
 
@@ -70,7 +74,8 @@ class Scheduler:
         self.steps += 1
         spans: list[Span] = []
         size = self.blocks.size
-        budget = self.max_tokens - sum([len(s.tokens) - s.computed == 1 for s in self.running])
+        decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
+        budget = min(self.max_tokens - decoding, MIXED_TOKENS if decoding else self.max_tokens)
         spare_rows = self.max_rows - len(self.running)  # each one has a row of its own
         position = 0
         while position < len(self.running):
@@ -125,7 +130,8 @@ class Scheduler:
         self._empty(sequence)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Take blocks of its prefix that are known; False where there is no room for all of its tokens now.
+        """Take blocks of its prefix that are known; False where there is no room for all of its tokens now, or where
+        the next block is just being computed for another: of one prompt sent many times, the first computes it for all.
 
         The last token is always computed: its row gives the next one. So are those whose rows are still to be scored.
         """
@@ -133,6 +139,8 @@ class Scheduler:
         known = self.blocks.find(self._hash(sequence, i) for i in range(full))
         held = sum(self.blocks.references[b] > 0 for b in known)
         if self.blocks.needed(len(sequence.tokens)) - held > self.blocks.free:
+            return False
+        if len(known) < full and self._being_computed(sequence, len(known)):
             return False
         for block in known:
             self.blocks.share(block)
@@ -142,6 +150,16 @@ class Scheduler:
         self.prompt_tokens += len(sequence.tokens)
         self.found_tokens += sequence.cached
         return True
+
+    def _being_computed(self, sequence: Sequence, index: int) -> bool:
+        """Whether one that goes before `sequence` is just about to compute that block of it."""
+        size = self.blocks.size
+        return any(
+            other.computed // size == index < (len(other.tokens) - 1) // size
+            and other.rank < sequence.rank
+            and self._hash(other, index) == self._hash(sequence, index)
+            for other in self.running
+        )
 
     def _make_room(self, sequence: Sequence, count: int) -> bool:
         """Blocks for `count` more tokens; the last in rank make room. False where the sequence itself was the last."""

@@ -7,6 +7,8 @@ A peer is a module that has
     prepare(job: Job, variant: Variant) -> Prepared   write its input from the shared checkpoint
     choices(workload, variant) -> list[dict]          settings to try, the fastest is measured; none: not measured
     environment(home: Environment) -> dict[str, str]  variables its runner needs
+and, where it has an OpenAI-compatible server of its own,
+    serve(job, prepared, workload, choice) -> list[str]   the command that serves at port {port}
 and its runner is `hasten.bench.runners.run_NAME`.
 """
 

@@ -51,11 +51,12 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Workload:
-    """Something to time. `tokens` of prompt, or `batch` sequences from `depth`, each `new` steps."""
+    """Something to time: `tokens` of prompt; `batch` sequences from `depth`, each `new` steps; or, of servers, `batch`
+    clients whose prompts have up to `tokens`, and answers `new`."""
 
     name: str
     kind: str
-    """prefill, decode, depth, ttft-cold or ttft-warm."""
+    """prefill, decode, depth, ttft-cold, ttft-warm or serve."""
     tokens: int = 0
     batch: int = 1
     depth: int = 0

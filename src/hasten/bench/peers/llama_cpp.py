@@ -14,15 +14,18 @@ from hasten.checkpoint.gguf import KINDS, write_gguf
 
 PACKAGE = "llama-cpp-python"
 TOOLS = ("llama-bench", "llama-batched-bench")
+SERVER = "llama-server"
 TYPES = {4: "q4_0", 8: "q8_0", 16: "f16"}
 CMAKE = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "GGML_NATIVE": "ON",
     "LLAMA_BUILD_TOOLS": "ON",
-    **dict.fromkeys(("TESTS", "EXAMPLES", "SERVER", "APP"), "OFF"),
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    **dict.fromkeys(("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP", "LLAMA_BUILD_UI"), "OFF"),
 }
-CMAKE = {k if "_" in k else f"LLAMA_BUILD_{k}": v for k, v in CMAKE.items()} | {"LLAMA_OPENSSL": "OFF"}
 
 
 def install(home: Environment) -> None:
@@ -37,6 +40,8 @@ def install(home: Environment) -> None:
     home.run([*targets, "llama"], "llama.cpp: building the libraries")
     with contextlib.suppress(PeerError):  # without tools the C interface measures, and every figure says so
         home.run([*targets, *TOOLS], "llama.cpp: building its tools")
+    with contextlib.suppress(PeerError):
+        home.run([*targets, SERVER], "llama.cpp: building its server")
 
 
 def _source(home: Environment) -> Path:
@@ -103,6 +108,23 @@ def _default_mix(job: Job, path: Path, file_type: int) -> None:
     once(job.home, "run_llama_cpp.py", "quantize", environment=environment(job.home), **arguments)
     part.rename(path)
     job.report("llama.cpp quantises", 1, 1)
+
+
+def serve(job: Job, prepared: Prepared, workload: Workload, choice: dict[str, Any]) -> list[str]:
+    """A slot a client, each with room for its longest request. Raises PeerError where the server was not built."""
+    program = _tools(job.home) / SERVER
+    if not program.exists():
+        raise PeerError(f"llama-server could not be built (see {job.home.log})")
+    given = {
+        "model": prepared.settings["path"],
+        "port": "{port}",
+        "parallel": workload.batch,
+        "ctx-size": workload.batch * (-(-workload.length // 256) * 256),
+        "threads": job.threads,
+        "threads-batch": job.threads,
+        "flash-attn": "on" if choice["flash"] else "off",
+    }
+    return [str(program), *(part for name, value in given.items() for part in (f"--{name}", str(value)))]
 
 
 def choices(workload: Workload, variant: Variant) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ class Hasten(protocol.Engine):
 
         started = time.perf_counter()
         self.np, self.chunk, self.block, self.greedy = np, STEP_TOKENS, BLOCK, greedy
+        self.settings = {"model": path, "threads": threads, "kv_format": kv_format}
+        self.llms: dict[int, Any] = {}
         model = checkpoint.open(path)
         model = model.at_context(min(model.graph.context, max(context, 16)))  # as it is served: rope may depend on it
         self.vocabulary = model.graph.vocabulary
@@ -77,6 +79,32 @@ class Hasten(protocol.Engine):
                 part = given[start : start + self.chunk]
                 token = self.feed(part, table[number * span : (number + 1) * span])
             self.last = [token] * batch
+
+    def alone(self, workload: dict[str, Any], turn: int) -> dict[str, Any]:
+        """What a server would be asked (bench/servers.py), by the engine without one."""
+        from hasten.bench import servers
+        from hasten.bench.load.arrivals import Schedule
+        from hasten.bench.peers.common import Workload
+        from hasten.engine.llm import LLM
+        from hasten.engine.request import SamplingParams
+
+        asked = Workload(**workload)
+        wanted = servers.load(asked, turn)
+        if asked.batch not in self.llms:
+            self.llms = {asked.batch: LLM(**self.settings, context=asked.length, max_batch=asked.batch)}
+            self.llms[asked.batch].generate([[1] * servers.SHORTEST])
+        engine = self.llms[asked.batch].make_engine()
+        texts = servers.prompts(wanted)
+        given = [[int(p) for p in texts.pieces(arrival, n)] for n, arrival in enumerate(Schedule(wanted))]
+        params = SamplingParams(temperature=0, max_tokens=asked.new, ignore_eos=True)
+        started = time.perf_counter()
+        under_way = 0
+        while given or under_way:
+            while given and under_way < asked.batch:
+                engine.add(given.pop(0), params)
+                under_way += 1
+            under_way -= sum(s.finish_reason is not None for s in engine.step())
+        return {"seconds": time.perf_counter() - started}
 
     def steps(self, batch: int, depth: int, new: int) -> None:
         tables, tokens, every = self.tables(batch, self.room), self.last, list(range(batch))
