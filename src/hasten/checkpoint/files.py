@@ -5,6 +5,7 @@ And writing a file so that nobody ever sees half of it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -77,6 +78,24 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_optional_object(path: Path) -> dict[str, Any]:
     """As read_object; {} where there is no such file."""
     return read_object(path) if os.path.lexists(path) else {}
+
+
+DECIDING = (
+    *("config.json", "hasten.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
+
+
+def fingerprint(path: Path) -> str:
+    """Of a model's directory: the small files that decide its output, and name, size and time of those with weights."""
+    digest = hashlib.sha256()
+    for name in DECIDING:
+        if (path / name).is_file():
+            digest.update(name.encode() + b"\n" + (path / name).read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def plain_name(name: object, suffix: str, where: str) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-Report = Callable[[str, int, int], None]
-"""(stage, done, total): what library code calls. A stage is over when done reaches total."""
+
+class Report(Protocol):
+    """What library code calls. A stage is over when done reaches total; `detail` is shown beside the numbers."""
+
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
+
 
 QUIET_SECONDS = 2.0
 LINE_EVERY_SECONDS = 10.0
@@ -46,13 +50,14 @@ def reporter() -> Iterator[Report]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"))
-    with Progress(*columns, *times, console=Console(stderr=True), transient=True) as display:
+    beside = TextColumn("{task.fields[detail]}")
+    with Progress(*columns, *times, beside, console=Console(stderr=True), transient=True) as display:
         tasks = {}
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = display.add_task(stage, total=total)
-            display.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = display.add_task(stage, total=total, detail="")
+            display.update(tasks[stage], completed=done, total=total, detail=detail)
 
         yield report
 
@@ -73,10 +78,10 @@ class _Lines:
         self._stage: str | None = None
         self._next = 0.0
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._next = stage, now + QUIET_SECONDS
         elif now >= self._next:
             self._next = now + LINE_EVERY_SECONDS
-            print(f"{stage}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{stage}: {done}/{total}{', ' if detail else ''}{detail}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from hasten.errors import DependencyError, InputError
 
 if TYPE_CHECKING:
     from hasten.engine.llm import LLM
-    from hasten.server.config import Config
+    from hasten.server.config import Config, Served
 
 HELP = "serve a model to OpenAI's clients"
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
@@ -83,14 +83,20 @@ def run(options: Options) -> None:
 
 def configuration(llm: LLM, options: Options) -> Config:
     """What the server says of `llm`, and who may ask it."""
-    from hasten.server.config import Config, Served
+    from hasten.server.config import Config
 
     keys = options.api_key or tuple(k for k in os.environ.get(KEY_VARIABLE, "").split(",") if k)
     if any(not key.isascii() or key != key.strip() or not key for key in keys):
         raise InputError("an API key must be plain ASCII without spaces around it")
-    names = dict.fromkeys([options.name or options.model, options.model])
-    served = Served(
-        names=tuple(names),
+    return Config(served(llm, options.model, options.name), keys, version=hasten.__version__)
+
+
+def served(llm: LLM, model: str, name: str | None) -> Served:
+    """`llm` as requests see it: under `name` where there is one, and as `model` was named here."""
+    from hasten.server.config import Served
+
+    return Served(
+        names=names(model, name),
         tokenizer=llm.tokenizer,
         context=llm.program.limits.context,
         vocabulary=llm.model.graph.vocabulary,
@@ -98,4 +104,8 @@ def configuration(llm: LLM, options: Options) -> Config:
         template=llm.tokenizer.chat_template,
         created=int(time.time()),
     )
-    return Config(served, keys, version=hasten.__version__)
+
+
+def names(model: str, name: str | None) -> tuple[str, ...]:
+    """What requests may call the model; the first is what answers say."""
+    return tuple(dict.fromkeys([name or model, model]))

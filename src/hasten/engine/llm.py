@@ -9,8 +9,7 @@ no beams, logits processors, adapters or images.
 from __future__ import annotations
 
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import numpy as np
 from hasten.backends.batch import Limits
 from hasten.engine import memory
 from hasten.engine.engine import Engine
+from hasten.engine.progress import Progress, Report
 from hasten.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from hasten.engine.request import Sequence as Choice
 from hasten.errors import ContextError, InputError
@@ -27,7 +27,6 @@ from hasten.errors import ContextError, InputError
 if TYPE_CHECKING:
     from hasten.checkpoint import Model
 
-Report = Callable[[str, int, int], None]
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or one of them as {"prompt": ...} or {"prompt_token_ids": ...}."""
 Messages = Sequence[Mapping[str, Any]]
@@ -94,23 +93,31 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """An output for each prompt, a text or its token ids, in their order. Raises InputError or ContextError."""
+        """An output for each prompt, a text or its token ids, in their order. Raises InputError or ContextError.
+
+        `progress` is told of tokens done and how many there may be; `use_tqdm` shows lines on stderr after 2 seconds.
+        """
         given = [plain_prompt(prompt, i) for i, prompt in enumerate(_several(prompts))]
-        progress = progress or (_show_progress if use_tqdm else None)
         params = _for_each(sampling_params, len(given))
         started: list[tuple[str | list[int], list[Choice]]] = []
         try:
             for prompt, how in zip(given, params, strict=True):
                 started.append((prompt, self.engine.add(self._encode(prompt), how)))
-            total = sum(len(choices) for _, choices in started)
-            done = 0
-            while self.engine.busy:
-                done += sum(choice.finish_reason is not None for choice in self.engine.step())
-                if progress:
-                    progress("generating", done, total)
+            self._run([choice for _, choices in started for choice in choices], progress, use_tqdm)
         finally:  # an error, or Ctrl-C: nothing keeps running
             self._abort(choice for _, choices in started for choice in choices)
         return [self._output(prompt, choices) for prompt, choices in started]
+
+    def _run(self, choices: list[Choice], report: Report | None, shown: bool) -> None:
+        progress = Progress(choices, report, shown)
+        whole = False
+        try:
+            while self.engine.busy:
+                self.engine.step()
+                progress.step()
+            whole = True
+        finally:
+            progress.close(whole)
 
     def chat(
         self,
@@ -206,10 +213,6 @@ def _several(prompts: object) -> list[object]:
         return list(prompts)  # type: ignore[call-overload, no-any-return]
     except TypeError:
         return [prompts]
-
-
-def _show_progress(stage: str, done: int, total: int) -> None:
-    print(f"\r{stage}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 class Stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ from hasten import checkpoint
 from hasten.backends.host import native_build
 from hasten.bench import machine
 from hasten.bench.machine import Machine
-from hasten.checkpoint import Model
+from hasten.checkpoint import Model, files
 from hasten.compress.calibrate import Weights
 from hasten.engine import memory
 from hasten.engine.llm import DEFAULT_CONTEXT
@@ -114,7 +113,7 @@ def prepare(settings: Settings, report: Report, note: Note) -> Job:
     packed = check_room(model, chosen, settings.output, here)
     original = model.weights(report)
     build = native_build()
-    key = [VERSION, fingerprint(model.path), model.graph.context, here.instruction_set, build]
+    key = [VERSION, files.fingerprint(model.path), model.graph.context, here.instruction_set, build]
     job = Job(
         settings,
         budget,
@@ -184,15 +183,3 @@ def check_room(model: Model, chosen: Texts, output: Path, here: Machine) -> int:
             f"the artifact may take {wanted / 1e9:.2f} GB, {parent} has {free / 1e9:.2f} GB left", "free some space"
         )
     return packed
-
-
-def fingerprint(path: Path) -> str:
-    """Of a model's directory: its config, and name, size and time of every file with weights."""
-    digest = hashlib.sha256()
-    for name in ("config.json", "hasten.json", "tokenizer.json"):
-        if (path / name).is_file():
-            digest.update((path / name).read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
-        facts = file.stat()
-        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:32]

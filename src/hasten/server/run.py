@@ -20,13 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hasten.errors import InputError
 from hasten.server.app import Context
-from hasten.server.service import Service
+from hasten.server.service import SWITCH_SECONDS, Service
 
 log = logging.getLogger("hasten.server")
 HEADER_BYTES = 32 << 10
 HEADER_SECONDS = 15.0
-SWITCH_SECONDS = 0.0005
-"""How long one thread may keep Python from the other: the engine's waits for the event loop's at every token."""
 
 
 class Protocol(H11Protocol):

@@ -1,7 +1,7 @@
 """The engine on a thread of its own, and requests to it from asyncio.
 
 The engine's thread sleeps while there is nothing to do. What a step brings is handed to the event loop in one call.
-An engine that fails takes the requests it was running with it, and is started anew once.
+An engine that fails takes the requests it was running with it, and is started anew, where nothing else is said once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from hasten.server.ticket import Delta, EngineFault, GivenUp, Item, Overloaded, 
 log = logging.getLogger("hasten.server")
 
 State = Literal["serving", "draining", "failed", "stopped"]
-RESTARTS = 1
+SWITCH_SECONDS = 0.0005
+"""How long one thread may keep Python from the other: the engine's waits for the event loop's at every token."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class ServiceLimits:
     """Choices that may wait for their turn, besides those that run."""
     stall_seconds: float = 120.0
     """A step that takes longer counts as hung."""
+    restarts: int = 1
+    """How often an engine that failed is made anew."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class _Choice:
 
 
 class Service:
-    """Runs the engine that `make_engine` makes, and makes another one, once, when it fails."""
+    """Runs the engine that `make_engine` makes, and makes another one when it fails, as often as `limits` say."""
 
     def __init__(self, make_engine: Callable[[], Engine], limits: ServiceLimits | None = None) -> None:
         self.limits = limits or ServiceLimits()
@@ -255,7 +258,7 @@ class Service:
         self.stats.faults += 1
         self.cause = _reason(error)
         fault: Exception = EngineFault(self.cause)
-        if self.restarts < RESTARTS:
+        if self.restarts < self.limits.restarts:
             try:
                 self._fail_live(fault)
                 self.engine = self._make_engine()
