@@ -7,7 +7,9 @@ import math
 import os
 import socket
 import sys
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any
@@ -41,28 +43,36 @@ def conversation(server: Server, **fields: Any) -> httpx.Response:
 
 
 @contextmanager
-def neighbours(server: Server) -> Iterator[None]:
-    """Others ask all the while, by a connection and a thread of their own: some are answered within, and as before."""
+def neighbours(server: Server) -> Iterator[Counter[str]]:
+    """Others ask all the while, by connections and threads of their own, and are answered as before: how often."""
     expected = server.post("/v1/completions", LONG).json()["choices"]
-    stop, answered = [False], [0]
+    answered: Counter[str] = Counter()
+    stop = threading.Event()
 
-    def ask() -> None:
+    def complete(client: httpx.Client) -> None:
+        assert client.post("/v1/completions", json=LONG).json()["choices"] == expected
+
+    def look(client: httpx.Client) -> None:
+        assert client.get("/health").status_code == 200
+        stop.wait(0.02)
+
+    def ask(once: Callable[[httpx.Client], None], name: str) -> None:
         with httpx.Client(base_url=server.url, timeout=600) as client:
-            while not stop[0]:
-                assert client.post("/v1/completions", json=LONG).json()["choices"] == expected
-                assert client.get("/health").status_code == 200
-                answered[0] += 1
+            while not stop.is_set():
+                once(client)
+                answered[name] += 1
 
-    with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask)
-        eventually(lambda: answered[0] or asking.done(), 600)
-        before = answered[0]
+    with ThreadPoolExecutor(2) as pool:
+        asking = [pool.submit(ask, complete, "completions"), pool.submit(ask, look, "health")]
+        eventually(lambda: len(answered) == 2 or any(a.done() for a in asking), 600)
+        before = answered.copy()
         try:
-            yield
-            eventually(lambda: answered[0] > before or asking.done(), 600)
+            yield answered
+            eventually(lambda: all(answered[n] > before[n] for n in before) or any(a.done() for a in asking), 600)
         finally:
-            stop[0] = True
-            asking.result()
+            stop.set()
+            for each in asking:
+                each.result()
 
 
 def resident() -> int:
@@ -171,7 +181,7 @@ HOSTILE_SCHEMAS: list[Any] = [
 def test_bad_regexes_grammars_and_schemas(server: Server) -> None:
     """Each is compiled in a process of its own within two seconds of processor time, or refused by name."""
     wanted = [{"regex": regex} for regex in HOSTILE_REGEXES] + [{"json": schema} for schema in HOSTILE_SCHEMAS]
-    wanted += [{"grammar": "start: start start | \"a\" | "}, {"grammar": "start: A\nA: /(a+)+/ /(a+)+/"}]
+    wanted += [{"grammar": 'start: start start | "a" | '}, {"grammar": "start: A\nA: /(a+)+/ /(a+)+/"}]
     wanted += [{"grammar": "%import os\nstart: os"}, {"grammar": "start: " + "(" * 5000}]
 
     def ask(given: dict[str, Any]) -> tuple[dict[str, Any], httpx.Response]:
@@ -210,8 +220,11 @@ def looping(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 def test_template_arguments_that_block_the_loop(looping: Server) -> None:
     assert conversation(looping, chat_template_kwargs={"count": 3}).status_code == 200
-    with neighbours(looping):
-        for count in (99_999, 10**9, -1, 1e300, "9" * 256, True):
+    with neighbours(looping) as answered:
+        before = answered["health"]
+        assert conversation(looping, chat_template_kwargs={"count": 99_999}).status_code == 400
+        assert answered["health"] >= before + 5  # a second of it: the loop went on
+        for count in (10**9, -1, 1e300, "9" * 256, True):
             answer = conversation(looping, chat_template_kwargs={"count": count})
             assert answer.status_code == 400 or count in (-1, True), (count, answer.text)
     for fields in ({"chat_template": "x"}, {"chat_template_kwargs": {"messages": []}}, {"documents": []}):
@@ -331,7 +344,7 @@ def test_chat_templates_that_attack(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     with serve(llm) as running, neighbours(running):
         for template in HOSTILE_TEMPLATES:
             with monkeypatch.context() as patched:
-                patched.setattr(type(llm.tokenizer), "_templates", lambda _: {"default": template})
+                patched.setattr(type(llm.tokenizer), "_templates", lambda _, text=template: {"default": text})
                 answer = conversation(running)
             assert answer.status_code == 400, (template, answer.text)
             assert "the chat template" in answer.json()["error"]["message"]

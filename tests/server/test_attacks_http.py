@@ -50,7 +50,9 @@ def exchange(server: Server, sent: bytes, patience: float = 0.5) -> list[tuple[i
 
 
 def ask(method: str, target: str, *headers: str) -> bytes:
-    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", "Connection: close", *headers, "", ""]).encode("latin-1")
+    return "\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", "Connection: close", *headers, "", ""]).encode(
+        "latin-1"
+    )
 
 
 # --- keys

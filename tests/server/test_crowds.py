@@ -82,7 +82,7 @@ def test_many_that_vanish_amid_their_streams(server: Server) -> None:
 
 
 def test_one_byte_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers and bodies that trickle end at their deadline, however steadily they come; others are served meanwhile."""
+    """Headers and bodies that trickle are ended at their deadline, however steady they are; others are served."""
     monkeypatch.setattr(run.Protocol, "header_seconds", 1.0)
     with serve(llm, limits=HttpLimits(body_seconds=1.5)) as server:
         expected = server.post("/v1/completions", ASK).json()["choices"]

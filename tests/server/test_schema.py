@@ -1,4 +1,4 @@
-"""Schemathesis: whatever the OpenAPI description allows or forbids is answered as the description says, and never by 500.
+"""Schemathesis: what the OpenAPI description allows or forbids is answered as it says, and never by 500.
 
 HASTEN_FUZZ_CASES says how many requests there are at least (`make fuzz`). Run with -s for the summary.
 """
@@ -24,8 +24,10 @@ CASES = int(os.environ.get("HASTEN_FUZZ_CASES", "1000"))
 BODIES = 4  # routes with bodies, among which the cases are divided; the others have little to vary
 COMMAND = "import sys; from schemathesis.cli import schemathesis; sys.exit(schemathesis())"
 # A request may be refused for what no schema can say: the context's length, two fields that contradict each other.
-OPTIONS = "--phases examples,coverage,fuzzing --continue-on-failure --request-timeout 600".split()
-OPTIONS += ["--exclude-checks", "positive_data_acceptance"]
+OPTIONS = [
+    *("--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--request-timeout", "600"),
+    *("--exclude-checks", "positive_data_acceptance"),
+]
 FIXED = ["--seed", "1", "--generation-database", "none"]
 ROUTES = 9
 
