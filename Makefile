@@ -3,6 +3,7 @@
 #              (MODEL=folder FORMAT=int4-g128 AGAINST=openvino BENCH='--random-weights --workloads decode-1 --rounds 5')
 # make test    all tests (EXTRAS=train also installs torch and transformers, for the comparisons that need them)
 # make check   formatting, lint, types, floors, file sizes
+# make fuzz    20,000 requests made of the server's OpenAPI description (CASES=100000 for more): every answer as it says
 # make sanitize  the native tests under the address, undefined and thread sanitizers
 # make clean   remove everything that these made
 #
@@ -16,6 +17,7 @@ MODEL ?= demo
 FORMAT ?= int4-g32,int8-g32
 AGAINST ?= llama.cpp,openvino,transformers
 BENCH ?=
+CASES ?= 20000
 SANITIZERS ?= address,undefined thread
 
 bin := $(VENV)/bin
@@ -25,7 +27,7 @@ comma := ,
 empty :=
 extras := $(subst $(empty) $(empty),$(comma),$(strip $(EXTRAS)))
 
-.PHONY: demo bench test check sanitize install clean
+.PHONY: demo bench test fuzz check sanitize install clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -44,6 +46,9 @@ bench: $(VENV)/installed
 
 test: $(VENV)/tested-$(extras)
 	$(bin)/python -m pytest -rs
+
+fuzz: $(VENV)/tested-$(extras)
+	HASTEN_FUZZ_CASES=$(CASES) $(bin)/python -m pytest -rs -s tests/server/test_schema.py
 
 check:
 	$(PYTHON) scripts/check

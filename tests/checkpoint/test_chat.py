@@ -112,6 +112,7 @@ BOMBS = [
     "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "{% for i in range(99999) %}{{ 'a' * 100000 }}{% endfor %}",
+    "{{ ('a\n' * 7000000)|wordwrap(2) }}",
 ]
 
 
@@ -133,6 +134,8 @@ ESCAPES = [
     "{{ messages[0].update({'role': 'x'}) }}",
     "{% include '/etc/passwd' %}",
     "{% import 'os' as os %}",
+    "{% extends '/etc/passwd' %}",
+    "{{ lipsum(99999, True, 90000, 99999) }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{{ nothing.at.all }}",
     "{% for %}",

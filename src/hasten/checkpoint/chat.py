@@ -88,6 +88,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         self.filters = {name: _bounded(f) for name, f in self.filters.items()}
         self.filters["tojson"] = _to_json
+        del self.globals["lipsum"]  # makes up text for ever if asked to; no chat template needs it
         self.globals["raise_exception"] = _raise
         self.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
 
@@ -174,7 +175,8 @@ def _within_bounds(generate: Callable[[], Any]) -> str:
         return line
 
     def entered(frame: FrameType, event: str, argument: object) -> Any:
-        return line(frame, event, argument) if frame.f_code.co_filename == "<template>" else None
+        line(frame, event, argument)  # Jinja's own functions are held to the bounds where they call one another
+        return line if frame.f_code.co_filename == "<template>" else None
 
     chunks, length, before = [], 0, sys.gettrace()
     sys.settrace(entered)

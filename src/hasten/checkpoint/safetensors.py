@@ -84,12 +84,16 @@ class File:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise CheckpointError(f"{self.path}: __metadata__ must map names to strings")
+        try:
+            "".join(header).encode()
+        except UnicodeEncodeError:  # JSON can spell it, and no error that names it could be printed
+            raise CheckpointError(f"{self.path}: a tensor's name holds half of a surrogate pair") from None
         tensors = {name: self._tensor(name, entry, 8 + length) for name, entry in header.items()}
         at = 8 + length
         for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
             if tensor.begin != at:
                 raise CheckpointError(
-                    f"{self.path}: tensor '{name}' begins at byte {tensor.begin}, must begin at {at}: "
+                    f"{self.path}: tensor '{name[:200]}' begins at byte {tensor.begin}, must begin at {at}: "
                     "tensors overlap or leave a gap"
                 )
             at = tensor.end

@@ -76,7 +76,9 @@ class Scheduler:
         spans: list[Span] = []
         size = self.blocks.size
         decoding = sum([len(s.tokens) - s.computed == 1 for s in self.running])
-        budget = min(self.max_tokens - decoding, max(MIXED_TOKENS - decoding, LEAST_CHUNK) if decoding else self.max_tokens)
+        budget = min(
+            self.max_tokens - decoding, max(MIXED_TOKENS - decoding, LEAST_CHUNK) if decoding else self.max_tokens
+        )
         spare_rows = self.max_rows - len(self.running)  # each one has a row of its own
         position = 0
         while position < len(self.running):

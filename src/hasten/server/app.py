@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import fastapi
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -26,6 +25,7 @@ from hasten.server.config import Config
 from hasten.server.errors import RequestError
 from hasten.server.logprobs import Spelling
 from hasten.server.middleware import Guard
+from hasten.server.openapi import describe
 from hasten.server.protocol import Body, Strict, parse
 from hasten.server.service import Service
 from hasten.server.streams import error_response
@@ -82,7 +82,7 @@ def create_app(service: Service, config: Config) -> FastAPI:
         app.add_exception_handler(kind, _handle)
     for name in route_names():
         importlib.import_module(f"hasten.server.routes.{name}").register(app)
-    app.openapi_schema = _with_bodies(app)
+    app.openapi_schema = describe(app, config)
     app.add_middleware(Guard, config=config, answers=context.answers)
     return app
 
@@ -135,19 +135,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "the engine failed"},
     503: {"description": "the server is shutting down, or its engine is gone"},
 }
-
-
-def _with_bodies(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI description, with the schemas of bodies that `takes` names."""
-    models = {}
-    for route in app.routes:
-        if isinstance(route, fastapi.routing.APIRoute) and route.openapi_extra:
-            model = route.openapi_extra.pop("x-body")
-            models[model.__name__] = model
-    document = app.openapi()
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for name, model in models.items():
-        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(schema.pop("$defs", {}))
-        schemas[name] = schema
-    return document
+REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 429)}
+"""What may come before any route."""

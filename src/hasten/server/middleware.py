@@ -59,7 +59,7 @@ class Guard:
         if path in OPEN_PATHS:
             return None
         headers = Request(scope).headers
-        if self._keys and not self._known(headers.get("authorization", ""), page=path == PAGE):
+        if self._keys and not self._known(headers.getlist("authorization"), page=path == PAGE):
             challenge = 'Basic realm="hasten", charset="UTF-8"' if path == PAGE else "Bearer"
             return RequestError(
                 "an API key is needed: Authorization: Bearer KEY",
@@ -74,18 +74,24 @@ class Guard:
                 code="overloaded",
                 headers={"Retry-After": "1"},
             )
+        if "transfer-encoding" in headers and "content-length" in headers:  # RFC 9112, 6.1: two readers may differ
+            message = "transfer-encoding and content-length are both given"
+            return RequestError(message, "content-length", headers={"Connection": "close"})
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:19]) > self._limits.body:
             return self._too_large()
         return None
 
-    def _known(self, authorization: str, page: bool) -> bool:
-        """Whether a key is among ours; all are compared, each in constant time.
+    def _known(self, authorizations: list[str], page: bool) -> bool:
+        """Whether a key is among ours; all are compared, each in constant time. Of several headers none counts: a
+        proxy may have read another one.
 
         A browser that opens the page has no way to send a bearer's key: there, and only there, it may be the password
         of basic authentication. Other sites could make a browser send that one too.
         """
-        scheme, _, value = authorization.partition(" ")
+        if len(authorizations) != 1:
+            return False
+        scheme, _, value = authorizations[0].partition(" ")
         given = value.strip().encode("latin-1", "replace")
         if page and scheme.lower() == "basic":
             try:

@@ -92,7 +92,7 @@ def _content(value: Any) -> Any:
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
             raise _wrong(f"a part is of type '{kind[:30]}': this model reads only text")
-        if kind is None or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
             raise _wrong('each part must be {"type": "text", "text": ...}')
     return "\n".join(part["text"] for part in value)
 

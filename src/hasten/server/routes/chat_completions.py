@@ -13,6 +13,7 @@ from starlette.responses import Response
 from hasten.engine.request import PromptScores, SamplingParams, StructuredOutputsParams
 from hasten.errors import InputError
 from hasten.server import logprobs, prepare, reasoning, tool_choice, tools
+from hasten.server.answers import CHAT_COMPLETION, gives
 from hasten.server.app import ERRORS, Context, of, read, takes
 from hasten.server.errors import RequestError, as_request_error, unsupported
 from hasten.server.protocol import ChatRequest
@@ -25,7 +26,11 @@ Object = dict[str, Any]
 
 
 def register(app: FastAPI) -> None:
-    app.post("/v1/chat/completions", responses=ERRORS, openapi_extra=takes(ChatRequest))(chat_completions)
+    app.post(
+        "/v1/chat/completions",
+        responses={200: gives(CHAT_COMPLETION, streams=True), **ERRORS},
+        openapi_extra=takes(ChatRequest),
+    )(chat_completions)
 
 
 async def chat_completions(request: Request) -> Response:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from hasten.engine.request import SamplingParams
 from hasten.errors import InputError
 from hasten.server import logprobs, prepare
+from hasten.server.answers import COMPLETION, gives
 from hasten.server.app import ERRORS, Context, of, read, takes
 from hasten.server.errors import as_request_error, unsupported
 from hasten.server.protocol import CompletionRequest
@@ -23,7 +24,11 @@ DEFAULT_TOKENS = 16
 
 
 def register(app: FastAPI) -> None:
-    app.post("/v1/completions", responses=ERRORS, openapi_extra=takes(CompletionRequest))(completions)
+    app.post(
+        "/v1/completions",
+        responses={200: gives(COMPLETION, streams=True), **ERRORS},
+        openapi_extra=takes(CompletionRequest),
+    )(completions)
 
 
 async def completions(request: Request) -> Response:

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from hasten.server import prepare
+from hasten.server.answers import DETOKENIZED, gives
 from hasten.server.app import ERRORS, of, read, takes
 from hasten.server.errors import RequestError
 from hasten.server.protocol import DetokenizeRequest
@@ -15,7 +16,9 @@ from hasten.server.streams import Json
 
 
 def register(app: FastAPI) -> None:
-    app.post("/detokenize", responses=ERRORS, openapi_extra=takes(DetokenizeRequest))(detokenize)
+    app.post("/detokenize", responses={200: gives(DETOKENIZED), **ERRORS}, openapi_extra=takes(DetokenizeRequest))(
+        detokenize
+    )
 
 
 async def detokenize(request: Request) -> Response:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from hasten.server.app import ERRORS, of
+from hasten.server.app import ERRORS, REFUSALS, of
 from hasten.server.errors import RequestError
 
 
 def register(app: FastAPI) -> None:
-    app.post("/v1/embeddings", responses={k: ERRORS[k] for k in (400, 401)})(embeddings)
+    app.post("/v1/embeddings", status_code=400, responses={400: ERRORS[400], **REFUSALS})(embeddings)
 
 
 async def embeddings(request: Request) -> Response:

@@ -7,12 +7,14 @@ import dataclasses
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from hasten.server.answers import HEALTH, gives
 from hasten.server.app import of
 from hasten.server.streams import Json
 
 
 def register(app: FastAPI) -> None:
-    app.get("/health", responses={503: {"description": "not answering requests; the body says why"}})(health)
+    unwell = {**gives(HEALTH), "description": "not answering requests; the body says why"}
+    app.get("/health", responses={200: gives(HEALTH), 503: unwell})(health)
 
 
 async def health(request: Request) -> Response:

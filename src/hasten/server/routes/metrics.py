@@ -8,9 +8,10 @@ from fastapi import FastAPI, Request
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from hasten.server.app import ERRORS, Context
+from hasten.server.answers import TEXT
+from hasten.server.app import REFUSALS, Context
 from hasten.server.stats import Histogram
 
 
@@ -18,7 +19,11 @@ def register(app: FastAPI) -> None:
     registry = CollectorRegistry()
     registry.register(_Collector(app.state.context))
     app.state.metrics = registry
-    app.get("/metrics", responses={401: ERRORS[401]})(metrics)
+    app.get(
+        "/metrics",
+        responses={200: {"content": {"text/plain": {"schema": TEXT}}}, **REFUSALS},
+        response_class=PlainTextResponse,
+    )(metrics)
 
 
 async def metrics(request: Request) -> Response:

@@ -6,13 +6,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from hasten.server.app import ERRORS, of
+from hasten.server.answers import MODEL, MODELS, gives
+from hasten.server.app import ERRORS, REFUSALS, of
 from hasten.server.errors import RequestError
 
 
 def register(app: FastAPI) -> None:
-    app.get("/v1/models", responses={401: ERRORS[401]})(models)
-    app.get("/v1/models/{name:path}", responses={k: ERRORS[k] for k in (401, 404)})(model)
+    app.get("/v1/models", responses={200: gives(MODELS), **REFUSALS})(models)
+    app.get("/v1/models/{name:path}", responses={200: gives(MODEL), **REFUSALS, 404: ERRORS[404]})(model)
 
 
 async def models(request: Request) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from hasten.server import prepare
+from hasten.server.answers import TOKENS, gives
 from hasten.server.app import ERRORS, of, read, takes
 from hasten.server.errors import unsupported
 from hasten.server.protocol import ChatRequest, TokenizeRequest
@@ -15,7 +16,7 @@ from hasten.server.streams import Json
 
 
 def register(app: FastAPI) -> None:
-    app.post("/tokenize", responses=ERRORS, openapi_extra=takes(TokenizeRequest))(tokenize)
+    app.post("/tokenize", responses={200: gives(TOKENS), **ERRORS}, openapi_extra=takes(TokenizeRequest))(tokenize)
 
 
 async def tokenize(request: Request) -> Response:
