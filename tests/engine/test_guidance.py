@@ -127,7 +127,7 @@ def test_thousands_of_choices(llm: LLM) -> None:
 
 
 def test_an_output_that_the_library_gives_up_says_so(llm: LLM) -> None:
-    for output in outputs(llm, regex="(.*a.{20}|.*b.{20}c.*){3}"):  # its states double with every character
+    for output in outputs(llm, regex="(.*[a-m ].{90}){2}"):  # its states multiply with every character
         assert output.finish_reason == "abort"
         assert "structured output was given up: lexer error: too many states" in str(output.stop_reason)
 
@@ -259,14 +259,34 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
     assert error.value.hint == "pip install 'hasten[serve]'"
 
 
-def test_what_is_known_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
+def test_what_is_known_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:
     known = Guidance(llm.tokenizer, llm.engine.vocabulary, llm.engine.eos_token_ids)
-    one = known.compile(StructuredOutputsParams(regex="abc"))
-    assert known.compile(StructuredOutputsParams(regex="abc")) is one
-    assert known.compile(StructuredOutputsParams(choice=["abc"])) is not one
-    monkeypatch.setattr(guidance, "KEPT", 1)
-    known.compile(StructuredOutputsParams(regex="abcd"))
-    assert known.compile(StructuredOutputsParams(regex="abc")) is not one
+    tried: list[str] = []
+    monkeypatch.setattr(guidance, "_try", lambda kind, task: tried.append(kind))
+    monkeypatch.setattr(guidance, "KNOWN", 2)
+    for wanted in (
+        {"regex": "abc"},
+        {"regex": "abc"},
+        {"choice": ["abc"]},
+        {"regex": "abc"},
+        {"grammar": 'start: "a"'},
+    ):
+        known.compile(StructuredOutputsParams(**wanted))
+    assert tried == ["regex", "choice", "grammar"]
+    known.compile(StructuredOutputsParams(choice=["abc"]))
+    assert tried[3:] == ["choice"], "the one that was not used for longest is forgotten"
+
+
+def test_when_an_output_is_given_up_hangs_on_itself_alone(llm: LLM) -> None:
+    """Each writes some thousand states of the lexer, so that together they would pass its limit."""
+    greedy: Any = {"regex": "(.*a.{20}|.*b.{20}c.*){3}"}
+    prompt = "Once upon a time"
+    first = [llm.generate(prompt, replace(how(seed, **greedy), max_tokens=200))[0].outputs[0] for seed in range(4)]
+    again = [llm.generate(prompt, replace(how(seed, **greedy), max_tokens=200))[0].outputs[0] for seed in (3, 2, 1, 0)]
+    assert first == again[::-1]
+    assert any(o.finish_reason == "length" for o in first)
+    (two,) = llm.generate(prompt, replace(how(0, **greedy), max_tokens=200, n=4))
+    assert two.outputs[0] == first[0]
 
 
 def test_a_trial_that_does_not_end_is_given_up(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> None:

@@ -95,7 +95,7 @@ def calls_of(client: openai.OpenAI, stream: bool, seed: int, **fields: Any) -> t
 def test_required(client: openai.OpenAI, stream: bool) -> None:
     """So small a model may call for ever: it does not where its end, as soon as there may be one, is likelier."""
     for seed in range(3):
-        calls, text, reason = calls_of(client, stream, seed, tool_choice="required", logit_bias={"0": 30})
+        calls, text, reason = calls_of(client, stream, seed, tool_choice="required", logit_bias={"0": 100})
         assert calls
         assert (text, reason) == ("", "tool_calls")
     several = calls_of(client, stream, 3, tool_choice="required")

@@ -80,7 +80,7 @@ class Engine:
         `constraints` what `self.constraints` made of params, on another thread; None: they are made here.
         """
         if params.structured_outputs and not grammar:
-            grammar = self.guidance.compile(params.structured_outputs)
+            grammar = self.guidance.compile(params.structured_outputs, choices=params.n)
         constraints = self.check(
             prompt,
             params,

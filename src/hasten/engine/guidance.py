@@ -13,6 +13,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from threading import Lock
 from typing import Any, Protocol
 
@@ -29,8 +30,8 @@ LONGEST = 65_536
 """Characters of a schema, regex, grammar or list of choices."""
 PATIENCE = 60.0
 """Seconds of waiting for a trial, whose processor time is bounded by itself."""
-KEPT = 64
-"""Grammars that are not compiled again when they come again."""
+KNOWN = 64
+"""Grammars that are not tried again when they come again."""
 BLANKS = r" |\n {0,16}|\n\t{0,8}"
 """What may stand between the parts of a JSON text: a space, or a line's end and an indent. Models that may write blanks
 without end do."""
@@ -67,15 +68,17 @@ class Guidance:
         self._lock = Lock()
         self._tokens: Any = None
         self._special: list[str] = []
-        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._known: OrderedDict[str, None] = OrderedDict()
 
-    def compile(self, wanted: StructuredOutputsParams, thought: Thought | None = None) -> Grammar:
-        """What `wanted` asks for after a `thought`, ready to start. Takes up to some seconds where it is large and new.
+    def compile(self, wanted: StructuredOutputsParams, thought: Thought | None = None, choices: int = 1) -> Grammar:
+        """What `wanted` asks for after a `thought`, ready to start so many `choices`, and slower to start more.
 
-        Raises InputError where it is not valid, too large, or takes too long; DependencyError without llguidance.
+        Takes up to some seconds where it is large and new. Raises InputError where it is not valid, too large, or takes
+        too long; DependencyError without llguidance.
         """
-        grammar = self._compile(wanted)
-        return grammar if thought is None else Grammar(grammar.matcher, grammar.words, self._before(thought))
+        make = partial(self._matcher, *self._tried(wanted))
+        ready = [make() for _ in range(choices)]
+        return Grammar(make, ready, (self._vocabulary + 31) // 32, self._before(thought) if thought else None)
 
     def _before(self, thought: Thought) -> Callable[[], _Thinking]:
         """What follows such a thought, once for each choice."""
@@ -88,27 +91,33 @@ class Guidance:
         free = every & ~ends  # a thought does not end the output
         return lambda: _Thinking(thought, tokenizer, first, begins, free)
 
-    def _compile(self, wanted: StructuredOutputsParams) -> Grammar:
+    def _tried(self, wanted: StructuredOutputsParams) -> tuple[str, str]:
+        """(field, the library's own text of the grammar), which can be compiled within the limits."""
         library = _library()
         kind, source = _source(library, wanted)
+        self._known_tokens(library)
         with self._lock:
-            if found := self._kept.get(source):
-                self._kept.move_to_end(source)
-                return found
-        tokens = self._known_tokens(library)
-        _try(kind, {"grammar": source, "vocabulary": self._vocabulary, "special": self._special})
+            known = source in self._known
+        if not known:
+            _try(kind, {"grammar": source, "vocabulary": self._vocabulary, "special": self._special})
+        with self._lock:
+            self._known[source] = None
+            self._known.move_to_end(source)
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        return kind, source
+
+    def _matcher(self, kind: str, source: str) -> Any:
+        """A new one for each choice: the library's copies share the states of their lexer, and so their limit on them,
+        so that what one has written would decide when another is given up."""
+        library = _library()
         limits = library.LLParserLimits(
             max_lexer_states=trial.LEXER_STATES, max_grammar_size=trial.GRAMMAR_SIZE, verbose_errors=False
         )
-        matcher = library.LLMatcher(tokens, source, log_level=0, limits=limits)
+        matcher = library.LLMatcher(self._known_tokens(library), source, log_level=0, limits=limits)
         if matcher.is_error():
             raise _invalid(kind, matcher.get_error())
-        grammar = Grammar(matcher, (self._vocabulary + 31) // 32)
-        with self._lock:
-            self._kept[source] = grammar
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        return grammar
+        return matcher
 
     def _known_tokens(self, library: Any) -> Any:
         """The tokens as llguidance wants them: about a second for a large vocabulary, once."""
@@ -126,18 +135,21 @@ class Guidance:
 
 
 class Grammar:
-    """Compiled: starts a guide for each choice. `words`: of 32 tokens each, in a mask."""
+    """Compiled, for one request: starts a guide for each choice. `words`: of 32 tokens each, in a mask."""
 
-    def __init__(self, matcher: Any, words: int, before: Callable[[], _Thinking] | None = None) -> None:
-        self.matcher, self.words, self._before = matcher, words, before
+    def __init__(
+        self, make: Callable[[], Any], ready: list[Any], words: int, before: Callable[[], _Thinking] | None
+    ) -> None:
+        self._make, self._ready, self._words, self._before = make, ready, words, before
 
     def start(self) -> Guide:
-        return Guide(self.matcher.deep_copy(), self.words, self._before() if self._before else None)
+        matcher = self._ready.pop() if self._ready else self._make()
+        return Guide(matcher, self._words, self._before() if self._before else None)
 
     @property
     def beginning(self) -> UInt32:
         """[ceil(vocabulary / 32)] a bit for each token that it may begin with, after any thought."""
-        return _mask(self.matcher.deep_copy(), self.words)
+        return _mask(self._make(), self._words)
 
 
 class Guide:

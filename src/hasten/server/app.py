@@ -52,8 +52,8 @@ class Context:
         self.compilers = ThreadPoolExecutor(COMPILERS, "hasten-grammar")
         self.spelling = Spelling(self.config.served.tokenizer)
 
-    async def bounds(self, params: SamplingParams, thought: Thought | None = None) -> dict[str, Any]:
-        """The arguments of Engine.add that bind an output after any `thought`. Raises InputError for invalid ones.
+    async def bounds(self, params: SamplingParams, thought: Thought | None = None, prompts: int = 1) -> dict[str, Any]:
+        """The arguments of Engine.add that bind outputs after any `thought`. Raises InputError for invalid ones.
 
         To compile a grammar may take seconds, so it has threads of its own: other requests go on.
         """
@@ -62,7 +62,7 @@ class Context:
             return {}
 
         def make() -> dict[str, Any]:
-            grammar = engine.guidance.compile(wanted, thought) if wanted else None
+            grammar = engine.guidance.compile(wanted, thought, prompts * params.n) if wanted else None
             return {"grammar": grammar, "constraints": engine.constraints(params, grammar)}
 
         return await asyncio.get_running_loop().run_in_executor(self.compilers, make)

@@ -99,7 +99,9 @@ def grammar(offered: Offer, template: str, tokenizer: Tokenizer) -> str:
     line = _literal("\n")
     form = "args" if offered.family == "mistral" and ARGS in template else offered.family
     start = {
-        "hermes": lambda: several(f"{mark(OPEN)} {line} call {line} {mark(CLOSE)}", line),
+        # A token may hold the last mark and a line's end: it may end there too, and need not call again.
+        "hermes": lambda: several(f"{mark(OPEN)} {line} call {line} {mark(CLOSE)}", line)
+        + ("" if offered.one else f" {line}?"),
         "llama3": lambda: several("call", _literal("; ")),
         "mistral": lambda: f'{mark(TOOL_CALLS)} " "? "[" {several("call", _literal(", "))} "]"',
         "args": lambda: several(f"{mark(TOOL_CALLS)} call", ""),

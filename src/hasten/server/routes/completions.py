@@ -38,7 +38,7 @@ async def completions(request: Request) -> Response:
     params, how = _sampling(body, context)
     prompts = await prepare.prompts(body, context.config)
     try:
-        how |= await context.bounds(params)
+        how |= await context.bounds(params, prompts=len(prompts))
     except InputError as error:
         raise as_request_error(error, schema=prepare.called(body)) from None
     tickets: list[Ticket] = []
