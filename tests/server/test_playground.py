@@ -104,6 +104,8 @@ def test_what_the_server_refuses_is_shown(server: Server, browser: Browser, tmp_
     say(browser, "word " * 700)
     browser.until("document.querySelectorAll('.error').length")
     assert "the context holds 512" in browser.run("document.querySelector('.error').textContent")
+    browser.until("!running")
+    assert browser.run("document.getElementById('live').textContent") == "", "there is nothing to wait for"
     picture(browser, tmp_path, "wide-refused")
 
 
