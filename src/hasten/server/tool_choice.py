@@ -100,8 +100,9 @@ def grammar(offered: Offer, template: str, tokenizer: Tokenizer) -> str:
     form = "args" if offered.family == "mistral" and ARGS in template else offered.family
     start = {
         # A token may hold the last mark and a line's end: it may end there too, and need not call again.
-        "hermes": lambda: several(f"{mark(OPEN)} {line} call {line} {mark(CLOSE)}", line)
-        + ("" if offered.one else f" {line}?"),
+        "hermes": lambda: (
+            several(f"{mark(OPEN)} {line} call {line} {mark(CLOSE)}", line) + ("" if offered.one else f" {line}?")
+        ),
         "llama3": lambda: several("call", _literal("; ")),
         "mistral": lambda: f'{mark(TOOL_CALLS)} " "? "[" {several("call", _literal(", "))} "]"',
         "args": lambda: several(f"{mark(TOOL_CALLS)} call", ""),
