@@ -129,7 +129,7 @@ def attempt(contender: Contender, workload: Workload, choice: dict[str, Any], tu
 
 def _served(contender: Contender, workload: Workload, choice: dict[str, Any], turn: int) -> Measured:
     if contender.serve is None:
-        return Measured(contender.name, [], choice, error="not measured: it has no server of its own")
+        return Measured(contender.name, [], choice, error="not measured: there is no server of it at equal bytes")
     found = contender.server(workload, choice).measure(workload, turn)
     latency = {f"{name}_{point}": float(found["latency_ms"][name][point]) for name, point in LATENCIES}
     if contender.peer == "hasten":

@@ -247,7 +247,7 @@ def _peer(
         environment, python = peer.environment(job.home), job.home.python
         choices = _choices(peer, variant)
         one = _contender(name, variant, prepared, version, python, environment, load, logs, choices, job.report)
-        if hasattr(peer, "serve"):
+        if hasattr(peer, "serve") and variant.mix == "alike":
             one.serve = partial(peer.serve, job, prepared)
         made.append(one)
     return made, missing

@@ -25,19 +25,19 @@ from hasten.errors import HastenError
 SHORTEST = 128
 """Tokens of a prompt; the longest is the workload's."""
 IDS = (10, 1000)
-PER_CLIENT, LEAST = 3, 6
-"""Requests of each client in a round, and of all clients together at least."""
+PER_CLIENT, LEAST = 2, 6
+"""Requests of each client in a round, and of all clients together at least; to try a setting, one each."""
 START_SECONDS, ANSWER_SECONDS = 300.0, 600.0
 
 
-def requests(workload: Workload) -> int:
-    """Of all clients together, in a round."""
-    return max(LEAST, PER_CLIENT * workload.batch)
+def requests(workload: Workload, turn: int = 1) -> int:
+    """Of all clients together, in a round; `turn` 0 tries a setting."""
+    return max(LEAST, PER_CLIENT * workload.batch) if turn else workload.batch
 
 
 def load(workload: Workload, turn: int) -> Load:
     """The load of one round; another `turn` has other prompts."""
-    lengths, count = (SHORTEST, workload.tokens), requests(workload)
+    lengths, count = (SHORTEST, workload.tokens), requests(workload, turn)
     return Load(clients=workload.batch, prompt=lengths, new=workload.new, limit=count, seed=1 + turn)
 
 
