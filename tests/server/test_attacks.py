@@ -134,6 +134,21 @@ def test_giant_bodies(server: Server) -> None:
     assert resident() - before < 512 << 20
 
 
+def test_prompts_that_cannot_fit_are_not_cut_into_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(*_: Any) -> list[int]:
+        raise AssertionError("this takes seconds of a thread")
+
+    text = "word " * 200_000
+    monkeypatch.setattr(type(server.app.state.context.config.served.tokenizer), "encode", encode)
+    for answer, param in (
+        (server.post("/v1/completions", {"prompt": text}), "prompt"),
+        (conversation(server, messages=[{"role": "user", "content": text}]), "messages"),
+    ):
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+        assert "the context of 512 tokens holds at most" in error["message"]
+
+
 HOSTILE_REGEXES = [
     "(a+)+$",
     "(a|aa)+b",

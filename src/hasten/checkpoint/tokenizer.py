@@ -39,6 +39,8 @@ class Tokenizer:
         self._config = read_optional_object(path / "tokenizer_config.json")
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocabulary_size = max(ids.values(), default=-1) + 1
+        self.longest_token = max(map(len, ids), default=1)
+        """Characters that one token stands for at most."""
         if vocabulary is not None and not 0 < self.vocabulary_size <= vocabulary:
             raise CheckpointError(
                 f"{path / 'tokenizer.json'} has tokens up to id {self.vocabulary_size - 1}, the model's vocabulary "

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from hasten.engine.request import SamplingParams, StructuredOutputsParams
+from hasten.errors import ContextError
 from hasten.server.config import Config, HttpLimits, Served
 from hasten.server.errors import RequestError, unsupported
 from hasten.server.protocol import ChatRequest, CompletionRequest, Generation, Message
@@ -136,10 +137,23 @@ async def prompts(request: CompletionRequest, config: Config) -> list[list[int]]
     listed: list[str | list[int]] = given if several else [given]
     if len(listed) > config.limits.prompts:
         raise RequestError(f"prompt holds {len(listed)}, at most {config.limits.prompts} are taken", "prompt")
-    return [truncated(await encode(config.served, p) if isinstance(p, str) else p, request) for p in listed]
+    return [
+        await prompt_ids(config.served, p, request) if isinstance(p, str) else _truncated(p, request) for p in listed
+    ]
 
 
-def truncated(prompt: list[int], request: Generation) -> list[int]:
+async def prompt_ids(served: Served, text: str, request: Generation, special: bool = True) -> list[int]:
+    """Token ids of a prompt. Raises ContextError for one that cannot fit, before it is cut into tokens."""
+    most = served.context * served.tokenizer.longest_token
+    if request.truncate_prompt_tokens is None and len(text) > most:
+        raise ContextError(
+            f"the prompt has {len(text)} characters; the context of {served.context} tokens holds at most {most}",
+            "shorten the prompt",
+        )
+    return _truncated(await encode(served, text, special), request)
+
+
+def _truncated(prompt: list[int], request: Generation) -> list[int]:
     """The last tokens of a prompt, where a request wants no more of it."""
     keep = request.truncate_prompt_tokens
     if keep is None:

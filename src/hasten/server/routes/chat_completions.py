@@ -43,13 +43,13 @@ async def chat_completions(request: Request) -> Response:
         how["prompt_logprobs"] = body.prompt_logprobs
     offered = tool_choice.offer(body, context.config)
     text = await prepare.chat_text(body, context.config, offered.tools if offered else None)
-    prompt = prepare.truncated(await prepare.encode(served, text, special=False), body)
     if offered and tool_choice.special_marks(offered, served.tokenizer):
         how["skip_special_tokens"] = False
     if offered and offered.must:
         wanted = tool_choice.grammar(offered, served.template, served.tokenizer)
         params = replace(params, structured_outputs=StructuredOutputsParams(grammar=wanted))
     try:
+        prompt = await prepare.prompt_ids(served, text, body, special=False)
         how |= await context.bounds(params, reasoning.thought(served.template, text))
         ticket = context.service.submit(prompt, params, **how)
     except InputError as error:
