@@ -71,14 +71,7 @@ def facts(model: Model, options: Options) -> dict[str, Any]:
     from hasten.checkpoint.files import fingerprint
     from hasten.engine.llm import limits_for
 
-    limits = limits_for(
-        model,
-        context=options.context,
-        max_batch=options.max_batch,
-        threads=options.threads,
-        kv_format=options.cache.kv_format,
-        score_rows=SCORE_ROWS,
-    )
+    limits = limits_for(model, **sizes(options))
     return {
         "model": fingerprint(model.path),
         "name of the model": names(options.model, options.name)[0],
@@ -89,21 +82,24 @@ def facts(model: Model, options: Options) -> dict[str, Any]:
     }
 
 
+def sizes(options: Options) -> dict[str, Any]:
+    """What LLM and limits_for take by these names."""
+    return {
+        "context": options.context,
+        "max_batch": options.max_batch,
+        "threads": options.threads,
+        "kv_format": options.cache.kv_format,
+        "score_rows": SCORE_ROWS,
+    }
+
+
 def answered(model: Model, options: Options, requests: Requests, results: Results, report: Report) -> Summary:
     from hasten.engine.llm import LLM
     from hasten.server.batch import answer
 
     if results.count:
         note(f"continuing: {results.count} of {len(requests)} lines are answered already")
-    llm = LLM(
-        model,
-        context=options.context,
-        max_batch=options.max_batch,
-        threads=options.threads,
-        kv_format=options.cache.kv_format,
-        score_rows=SCORE_ROWS,
-        report=report,
-    )
+    llm = LLM(model, **sizes(options), report=report)
     try:
         return answer(llm.make_engine, served(llm, options.model, options.name), requests, results, report)
     except KeyboardInterrupt:
