@@ -139,11 +139,15 @@ class Service:
 
     def stop(self, seconds: float = 5.0) -> None:
         """End the engine's thread; what is still running fails."""
+        self.end()
+        self._thread.join(seconds)
+
+    def end(self) -> None:
+        """As stop, without waiting for it."""
         with self._changed:
             if self.state != "failed":
                 self.state = "stopped"
             self._changed.notify_all()
-        self._thread.join(seconds)
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._changed:
