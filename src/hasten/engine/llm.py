@@ -278,12 +278,12 @@ def limits_for(
     return _with_cache(model, limits, memory.memory()[1] if budget is None else budget)
 
 
-def _with_cache(model: Model, limits: Limits, available: int) -> Limits:
+def _with_cache(model: Model, limits: Limits, available: int | None) -> Limits:
     one = -(-limits.context // limits.block_size)
     least = replace(limits, kv_blocks=one)
     needed = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), least, model.formats)
     memory.require(needed, available)
-    if not available:
+    if available is None:
         return replace(limits, kv_blocks=one * limits.max_sequences)
     left = KV_SHARE * (available - needed.weights - needed.buffers)
     fit = int(left // max(needed.kv_cache / one, 1))
