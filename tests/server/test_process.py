@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from hasten.cli.main import main
+from hasten.cli.serve import names
 
 LONG = {"prompt": "def read", "max_tokens": 400, "ignore_eos": True, "n": 8, "seed": 1}
 
@@ -134,3 +135,11 @@ def test_help_loads_none_of_the_server() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=here, check=True).stdout
     assert "--drain-seconds" in shown
     assert not re.search(r"'(fastapi|uvicorn|numpy|asyncio|prometheus_client)'", shown)
+
+
+def test_a_folder_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert names("fast/", None) == ("fast", "fast/")
+    assert names("fast/", "mine") == ("mine", "fast", "fast/")
+    assert names("org/model", None) == ("org/model",)

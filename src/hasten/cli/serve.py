@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hasten
@@ -108,5 +109,7 @@ def served(llm: LLM, model: str, name: str | None) -> Served:
 
 
 def names(model: str, name: str | None) -> tuple[str, ...]:
-    """What requests may call the model; the first is what answers say."""
-    return tuple(dict.fromkeys([name or model, model]))
+    """What requests may call the model; the first is what answers say. A folder is called by its own name."""
+    given = Path(model)
+    own = given.resolve().name if given.is_dir() else model
+    return tuple(dict.fromkeys([name or own or model, own or model, model]))
