@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hasten
-from hasten.cli.cache import Cache
+from hasten.cli.cache import Room
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.errors import DependencyError, InputError
@@ -40,7 +40,7 @@ class Options:
     )
     max_batch: int = option(16, help="answers computed together; more wait")
     max_queue: int = option(256, help="answers that may wait; more are refused with 429")
-    cache: Cache = group(Cache)
+    cache: Room = group(Room)
     threads: int = option(0, help="0: one a core")
     drain_seconds: float = option(30.0, help="that running answers have to end after SIGTERM")
     stall_seconds: float = option(120.0, help="without a step while there is work, after which /health fails")
@@ -73,6 +73,7 @@ def run(options: Options) -> None:
                 max_batch=options.max_batch,
                 threads=options.threads,
                 kv_format=options.cache.kv_format,
+                memory=options.cache.budget,
                 score_rows=SCORE_ROWS,
                 report=report,
             )
