@@ -35,6 +35,18 @@ def nothing_is_left(request: pytest.FixtureRequest) -> None:
         assert not engine._streams
 
 
+@pytest.mark.parametrize("messages", ["hi", 5, ["hi"], [{"content": "hi"}], [[{"role": 3}]], None])
+def test_what_is_no_conversation(llm: LLM, messages: object) -> None:
+    with pytest.raises(InputError, match="must be a list of messages"):
+        llm.chat(messages)  # type: ignore[arg-type]
+
+
+def test_min_tokens_fit_beside_the_prompt(llm: LLM) -> None:
+    room = llm.engine.room
+    with pytest.raises(InputError, match=f"min_tokens is {room}, must be {room - 2} or less"):
+        llm.generate([[1, 2]], SamplingParams(max_tokens=None, min_tokens=room))
+
+
 def test_the_known_text_of_stories260k() -> None:
     expected = need_shared_data("models", "stories260K", "expected_greedy_200.txt").read_text()
     stories = LLM(need_shared_data("models", "stories260K-hf"), max_batch=2)

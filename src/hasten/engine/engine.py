@@ -203,6 +203,11 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens; the context holds {self.room}{needs}",
                 "shorten the prompt, or raise the context if the model's is longer",
             )
+        if draws and len(prompt) + params.min_tokens > self.room:
+            raise InputError(
+                f"min_tokens is {params.min_tokens}, must be {self.room - len(prompt)} or less: the context holds "
+                f"{self.room} tokens, {len(prompt)} of them the prompt's"
+            )
         wrong = _outside(prompt, self.vocabulary)
         if wrong is not None:
             raise InputError(f"token id {wrong} is not in the vocabulary of {self.vocabulary} tokens")

@@ -130,11 +130,18 @@ class LLM:
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """As generate, from conversations of {"role": ..., "content": ...} through the model's chat template."""
-        several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+        several: Any = messages if listed and not any(isinstance(m, Mapping) for m in messages[:1]) else [messages]
         return self.generate([self.chat_prompt(m) for m in several], sampling_params, progress, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Messages) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins."""
+        """The token ids of a conversation, up to where the answer begins. Raises InputError where it is none."""
+        if not _is_conversation(messages):
+            shown = repr(messages)
+            raise InputError(
+                f"messages is {shown if len(shown) <= 60 else shown[:57] + '...'}, must be a list of messages",
+                'for example [{"role": "user", "content": "Hello"}]; several conversations stand in a list',
+            )
         text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)
         return list(self.tokenizer.encode(text, special=False))
 
@@ -205,6 +212,12 @@ def plain_prompt(prompt: object, number: int = 0) -> str | list[int]:
         f"prompt {number} is {shown if len(shown) <= 60 else shown[:57] + '...'}, must be a text or its token ids",
         'give a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}; several stand in a list',
     )
+
+
+def _is_conversation(messages: object) -> bool:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return False
+    return all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages)
 
 
 def _several(prompts: object) -> list[object]:
