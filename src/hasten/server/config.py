@@ -24,6 +24,8 @@ class HttpLimits:
     connections: int = 2048
     prompts: int = 128
     """In one completion request."""
+    prompt_characters: int = 1 << 20
+    """Of one text that is cut into tokens, also where few of them are kept."""
     messages: int = 4096
     tools: int = 128
     n: int = 16
@@ -31,6 +33,8 @@ class HttpLimits:
     stops: int = 16
     stop_length: int = 256
     """Characters of one stop text."""
+    grammars: int = 16
+    """Requests that may wait for their grammar to be compiled, besides those whose is."""
     ids: int = 4096
     """Token ids, bad words or biases in one field."""
 

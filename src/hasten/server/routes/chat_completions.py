@@ -49,7 +49,8 @@ async def chat_completions(request: Request) -> Response:
         wanted = tool_choice.grammar(offered, served.template, served.tokenizer)
         params = replace(params, structured_outputs=StructuredOutputsParams(grammar=wanted))
     try:
-        prompt = await prepare.prompt_ids(served, text, body, special=False)
+        prompt = await context.encoder.prompt(text, body, special=False, field="messages")
+        context.check_room(1, params.n)
         how |= await context.bounds(params, reasoning.thought(served.template, text))
         ticket = context.service.submit(prompt, params, **how)
     except InputError as error:

@@ -36,7 +36,8 @@ async def completions(request: Request) -> Response:
     context, body = of(request), await read(request, CompletionRequest)
     prepare.check_model(context.config.served, body.model)
     params, how = _sampling(body, context)
-    prompts = await prepare.prompts(body, context.config)
+    prompts = await context.encoder.prompts(body)
+    context.check_room(len(prompts), params.n)
     try:
         how |= await context.bounds(params, prompts=len(prompts))
     except InputError as error:
