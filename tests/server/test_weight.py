@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from hasten import LLM
 from hasten.checkpoint.tokenizer import AT_ONCE, Tokenizer
 from hasten.engine import trial
 from hasten.engine.guidance import Guidance
+from hasten.server import streams
 from hasten.server.config import HttpLimits
 from hasten.server.service import ServiceLimits
 
@@ -191,3 +194,57 @@ def test_what_can_never_fit_is_no_matter_of_waiting(llm: LLM, fields: dict[str, 
         answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, **fields})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
         assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "n": 8}).status_code == 200
+
+
+# --- large answers
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"logprobs": 5, "max_tokens": 10, "n": 4}, "logprobs"),  # 10 x 6 x 4
+        ({"logprobs": 0, "max_tokens": 201}, "logprobs"),
+        ({"logprobs": 4, "max_tokens": 0, "echo": True, "prompt": [[5] * 30, [6] * 30]}, "logprobs"),
+        ({"prompt_logprobs": 9, "max_tokens": 1, "prompt": [5] * 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 3, "logprobs": 3, "max_tokens": 30, "n": 2, "prompt": [5] * 20}, "logprobs"),
+    ],
+)
+def test_log_probabilities_of_an_answer_are_counted(llm: LLM, fields: dict[str, object], name: str) -> None:
+    with serve(llm, limits=HttpLimits(values=200)) as server:
+        answer = server.post("/v1/completions", {"prompt": "a", **fields})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+        said = {"messages": [{"role": "user", "content": "a"}]}
+        answer = server.post(
+            "/v1/chat/completions", {**said, "logprobs": True, "top_logprobs": 5}
+        )  # to the context's end
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_logprobs")
+        fits = {"prompt": [5] * 4, "logprobs": 4, "max_tokens": 10, "n": 4}
+        assert server.post("/v1/completions", fits).status_code == 200
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 400}).status_code == 200
+
+
+def test_a_large_answer_stops_nobody_else(llm: LLM) -> None:
+    prompts = [[5 + i, *range(10, 505)] for i in range(48)]
+    asked = {"prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": 0}  # 499,968 values
+    with serve(llm) as server, healthy(server):
+        answer = server.client.post("/v1/completions", json=asked, timeout=120)
+        assert answer.status_code == 200
+        assert server.client.post("/v1/completions", json={**asked, "n": 2}).json()["error"]["param"] == "logprobs"
+    choices = json.loads(answer.content)["choices"]
+    assert [len(c["logprobs"]["top_logprobs"]) for c in choices] == [496] * 48
+
+
+@pytest.mark.parametrize("size", [0, 1, 199, 200, 201, 1000])
+def test_documents_encoded_in_pieces_are_the_same(size: int) -> None:
+    entries = [{"token": f"é{i}", "logprob": -i / 7, "bytes": [1, 2], "top_logprobs": []} for i in range(size)]
+    choice = {
+        "index": 0,
+        "text": 'a"\n\ud800',
+        "logprobs": {"content": entries, "refusal": None},
+        "finish_reason": None,
+    }
+    for choices in ([], [choice], [choice] * 3):
+        document = {"id": "ü", "choices": choices, "prompt_logprobs": [None, *entries], "usage": {"total_tokens": 1}}
+        expected = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        assert asyncio.run(streams.encoded_apart(document)) == expected
+        assert b"".join(streams._pieces(document)) == expected

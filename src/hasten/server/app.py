@@ -158,6 +158,7 @@ def takes(model: type[Strict]) -> dict[str, Any]:
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "what is wrong with the request, by the field's name"},
     401: {"description": "no API key, or a wrong one"},
+    403: {"description": "a Host that is none of this server's names"},
     404: {"description": "no such model"},
     408: {"description": "the body did not arrive in time"},
     413: {"description": "the body is too large"},
@@ -165,5 +166,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "the engine failed"},
     503: {"description": "the server is shutting down, or its engine is gone"},
 }
-REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 429)}
+REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 413, 429)}
 """What may come before any route."""

@@ -30,6 +30,8 @@ class HttpLimits:
     tools: int = 128
     n: int = 16
     logprobs: int = 20
+    values: int = 500_000
+    """Log-probabilities in one answer, over all of its tokens and choices."""
     stops: int = 16
     stop_length: int = 256
     """Characters of one stop text."""
@@ -60,6 +62,8 @@ class Config:
     served: Served
     api_keys: tuple[str, ...] = ()
     """None: anybody may ask."""
+    hosts: frozenset[str] = frozenset()
+    """Names, in lower case, that a request may call this server by in its Host header; none: any."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     version: str = "0"
     """Of hasten, as the OpenAPI description states it."""

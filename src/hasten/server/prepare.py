@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hasten.engine.request import SamplingParams, StructuredOutputsParams
@@ -117,6 +118,24 @@ def _check_bounds(request: Generation, limits: HttpLimits) -> None:
 def check_logprobs(name: str, value: int | None, limits: HttpLimits) -> None:
     if value is not None and not 0 <= value <= limits.logprobs:
         raise RequestError(f"{name} is {value}, must be between 0 and {limits.logprobs}", name)
+
+
+def check_values(
+    prompts: Sequence[list[int]], params: SamplingParams, how: dict[str, Any], config: Config, names: tuple[str, str]
+) -> None:
+    """Raise RequestError where an answer would hold too many log-probabilities: `params.logprobs` beside each token
+    that is drawn, and how["prompt_logprobs"] beside those of prompts. `names`: the fields that ask for them, in this
+    order."""
+    scored, context = how.get("prompt_logprobs"), config.served.context
+    of_prompts = 0 if scored is None else sum(map(len, prompts)) * (scored + 1)
+    of_answers = 0
+    if params.logprobs is not None and how.get("draws", True):
+        room = (max(0, context - len(prompt)) for prompt in prompts)
+        of_answers = sum(min(params.max_tokens or context, r) for r in room) * (params.logprobs + 1)
+    values, most = (of_prompts + of_answers) * params.n, config.limits.values
+    if values > most:
+        name = names[of_prompts > of_answers]
+        raise RequestError(f"{name} asks for up to {values} log-probabilities, at most {most} are given", name)
 
 
 def handling(request: Generation) -> dict[str, Any]:

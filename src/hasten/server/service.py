@@ -144,12 +144,6 @@ class Service:
         if self.state == "serving":
             self.state = "draining"
 
-    def drain(self, seconds: float) -> bool:
-        """Take nothing on any more and wait for what is running. True where all of it ended in time."""
-        self.refuse()
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._active, seconds)
-
     def stop(self, seconds: float = 5.0) -> None:
         """End the engine's thread; what is still running fails."""
         with self._changed:

@@ -12,7 +12,7 @@ from hasten.server.answers import TOKENS, gives
 from hasten.server.app import ERRORS, of, read, takes
 from hasten.server.errors import unsupported
 from hasten.server.protocol import ChatRequest, TokenizeRequest
-from hasten.server.streams import Json
+from hasten.server.streams import Json, encoded_apart
 
 
 def register(app: FastAPI) -> None:
@@ -38,4 +38,4 @@ async def tokenize(request: Request) -> Response:
     if body.return_token_strs:
         tokenizer = config.served.tokenizer
         made["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token(t) for t in tokens])
-    return Json(made)
+    return Json(await encoded_apart(made))
