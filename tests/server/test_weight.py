@@ -178,10 +178,12 @@ def test_few_may_wait_for_their_grammar(llm: LLM, monkeypatch: pytest.MonkeyPatc
 def test_a_trial_goes_behind_others(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
     seen: list[int] = []
-    monkeypatch.setattr(trial.os, "nice", seen.append)
-    monkeypatch.setattr(trial.resource, "setrlimit", lambda *_: None)
-    monkeypatch.setattr(trial.json, "load", lambda _: {"grammar": 'start: "a"', "vocabulary": 300, "special": []})
-    monkeypatch.setattr(trial.sys, "stdout", SimpleNamespace(buffer=io.BytesIO()))
+    monkeypatch.setattr("hasten.engine.trial.os.nice", seen.append)
+    monkeypatch.setattr("hasten.engine.trial.resource.setrlimit", lambda *_: None)
+    monkeypatch.setattr(
+        "hasten.engine.trial.json.load", lambda _: {"grammar": 'start: "a"', "vocabulary": 300, "special": []}
+    )
+    monkeypatch.setattr("hasten.engine.trial.sys.stdout", SimpleNamespace(buffer=io.BytesIO()))
     trial.main()
     assert seen == [10]
 
