@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.load_server import Reply, serving, well
+from bench.load_server import HEAD, Reply, serving, well
 
 from hasten.cli.main import main
 
@@ -85,6 +85,26 @@ def test_the_table(capsys: Captured) -> None:
     for name in ("time to first token", "time per output token", "inter-token latency", "end to end"):
         assert re.search(rf"^{name}, ms( +[\d.,]+){{5}}$", shown, re.M)
     assert shown.isprintable() or "\x1b" not in shown
+
+
+def test_prompts_that_were_cached_are_no_new_ones(capsys: Captured) -> None:
+    async def answer(reply: Reply) -> None:
+        await reply.raw(HEAD)
+        await reply.text()
+        size = len(reply.seen.body["prompt"])
+        await reply.usage(size, 1, prompt_tokens_details={"cached_tokens": size // 2})
+        await reply.done()
+
+    with serving(answer) as server:
+        assert (
+            main(
+                ["bench-serve", server.url, "--clients", "1", "--limit-requests", "2", "--prompt", "8:8", "--new", "1"]
+            )
+            == 0
+        )
+    shown = capsys.readouterr().out
+    assert "50% of the prompts' tokens came from a cache" in shown
+    assert "--seed" in shown
 
 
 def test_a_model_s_name_is_text(tmp_path: Path, capsys: Captured) -> None:

@@ -51,6 +51,27 @@ def stories() -> Tokenizer:
     return Tokenizer(need_shared_data("models", "stories260K-hf"))
 
 
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A token for each byte, whose id is the byte, some longer ones, and a special one."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+    from tokenizers.models import BPE
+
+    alphabet = byte_alphabet()
+    printable = [ord(letter) for letter in alphabet if ord(letter) < 256]
+    order = [*printable, *(b for b in range(256) if b not in printable)]
+    letters = dict(zip(order, alphabet, strict=True))
+    names = [letters[b] for b in range(256)]
+    longer = ["".join(letters[b] for b in text.encode()) for text in ("🙂", "ab", "\ufffd")]
+    library = Library(BPE(vocab={t: i for i, t in enumerate([*names, *longer])}, merges=[]))
+    library.decoder = ByteLevelDecoder()
+    library.add_special_tokens(["<end>"])
+    path = tmp_path_factory.mktemp("bytes")
+    library.save(str(path / "tokenizer.json"))
+    return Tokenizer(path)
+
+
 def byte_fallback_tokenizer(path: Path) -> Tokenizer:
     """As Llama 2's, made here: words that begin with a space, and every byte as a token."""
     from tokenizers import Tokenizer as Library
@@ -159,6 +180,48 @@ def test_the_window_stays_short(gpt2: Tokenizer, monkeypatch: pytest.MonkeyPatch
         stream.push(i)
         longest = max(longest, len(stream._window))
     assert longest <= stream.WINDOW + 2
+
+
+stray = st.sampled_from(
+    [0x41, 0x80, 0x9F, 0x98, 0xA0, 0xAC, 0xBF, 0xC3, 0xE2, 0x82, 0xED, 0xF0, 0xF4, 0xFF, 0xEF, 0xBD]
+)
+
+runs = st.builds(lambda part, count: bytes(part) * count, st.lists(stray, min_size=1, max_size=3), st.integers(1, 20))
+
+
+@settings(max_examples=300, deadline=None)
+@given(raw=st.lists(st.binary(max_size=3) | runs | st.just("🙂é€".encode()), max_size=30))
+def test_any_bytes_stream_within_a_short_window(byte_level: Tokenizer, raw: list[bytes]) -> None:
+    """Against Python's own decoder, which replaces as the library does; one token is one byte."""
+    data = b"".join(raw)
+    stream, pieces = byte_level.stream(), []
+    for byte in data:
+        pieces.append(stream.push(byte))
+        assert len(stream._window) <= 16
+    assert "".join(pieces) + stream.finish() == byte_level.decode(data) == data.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("byte", [0x80, 0xF0, 0xFF, 0xED])
+def test_an_endless_run_of_invalid_bytes(byte_level: Tokenizer, byte: int) -> None:
+    """Each step decodes a few tokens, and all but the end of the text is given as it comes."""
+    stream, given = byte_level.stream(), ""
+    for count in range(1, 600):
+        given += stream.push(byte)
+        assert len(stream._window) <= 16
+        assert len(given) >= count - 4
+    assert given + stream.finish() == "\ufffd" * 599
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(stray.map(lambda b: b + 3) | st.integers(0, 270), max_size=80), skip_special=st.booleans())
+def test_any_bytes_stream_with_byte_fallback(fallback: Tokenizer, ids: list[int], skip_special: bool) -> None:
+    assert_streams(fallback, ids, skip_special)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ids=st.lists(stray | st.integers(0, 262), max_size=80), skip_special=st.booleans())
+def test_bytes_join_across_silent_tokens(byte_level: Tokenizer, ids: list[int], skip_special: bool) -> None:
+    assert_streams(byte_level, ids, skip_special)
 
 
 def test_a_lone_surrogate(stories: Tokenizer) -> None:

@@ -16,6 +16,7 @@ import pytest
 import small_model
 
 from hasten import LLM, SamplingParams, checkpoint
+from hasten.cli.cache import size_in_bytes
 from hasten.cli.main import main
 
 Captured = pytest.CaptureFixture[str]
@@ -182,6 +183,40 @@ def test_eval_says_before_it_starts_that_memory_is_short(
         shown = fails(arguments, capsys)
         assert "64.0 KiB are available" in shown
         assert "takes less" in shown
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "batch"])
+@pytest.mark.parametrize("size", ["", "4", "-1GiB", "0GiB", "nanGiB", "4 G iB", "1e9GiB", "much", "١GiB"])
+def test_memory_that_is_no_size(command: str, size: str, model: str, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in.jsonl").write_text("")
+    rest = {
+        "generate": ["-p", "x"],
+        "batch": [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "o")],
+        "serve": ["--port", "0"],
+    }
+    if command != "generate":
+        pytest.importorskip("fastapi")
+        (tmp_path / "in.jsonl").write_text(
+            json.dumps(
+                {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "model": model}}
+            )
+            + "\n"
+        )
+    assert "is no size of memory" in fails([command, model, *rest[command], f"--memory={size}"], capsys)
+
+
+def test_memory_is_what_a_command_may_take(model: str, capsys: Captured) -> None:
+    assert main(["generate", model, "-p", "x", "-n", "2", "--context", "64", "--memory", "64 MiB"]) == 0
+    capsys.readouterr()
+    assert "1.5 KiB are available" in fails(["generate", model, "-p", "x", "--memory", "1.5KiB"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4GiB", 4 << 30), ("800 mib", 800 << 20), ("1.5GB", 1_500_000_000), ("12B", 12), ("1TiB", 1 << 40)],
+)
+def test_sizes_of_memory(text: str, count: int) -> None:
+    assert size_in_bytes(text) == count
 
 
 def test_models_that_cut_text_differently_are_not_compared(

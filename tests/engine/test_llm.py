@@ -8,7 +8,8 @@ from support import need_shared_data
 
 from hasten import LLM, SamplingParams
 from hasten.engine import memory
-from hasten.errors import CheckpointError, ContextError, InputError, MemoryLimitError
+from hasten.engine.request import Sequence as Choice
+from hasten.errors import BackendError, CheckpointError, ContextError, InputError, MemoryLimitError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 DRAWN = SamplingParams(seed=11, max_tokens=24, ignore_eos=True)
@@ -289,3 +290,44 @@ def test_a_small_budget_makes_a_small_cache(directory: Path) -> None:
 )
 def test_sizes_for_people(count: int, text: str) -> None:
     assert memory.size(count) == text
+
+
+def test_a_full_container_refuses_and_an_unknown_one_does_not(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory", lambda: (1 << 30, 0))
+    with pytest.raises(MemoryLimitError, match="0 B are available"):
+        LLM(directory, context=64, max_batch=2)
+    monkeypatch.setattr(memory, "memory", lambda: (None, None))
+    assert LLM(directory, context=64, max_batch=2, threads=1).program.limits.kv_blocks == 2 * -(-64 // 32)
+
+
+def faulty(llm: LLM, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """What appends the token that makes a sequence `at` long fails, before the token is taken."""
+    append = llm.engine._append
+
+    def failing(sequence: Choice, token: int) -> None:
+        if len(sequence.tokens) + 1 == at:
+            raise ValueError("boom")
+        append(sequence, token)
+
+    monkeypatch.setattr(llm.engine, "_append", failing)
+
+
+def test_a_fault_of_one_request_is_raised(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty(llm, monkeypatch, 8)
+    with pytest.raises(BackendError, match="ValueError: boom") as caught:
+        llm.generate(["a much longer prompt", "abc", "another longer one"], DRAWN)
+    assert isinstance(caught.value.__cause__, ValueError)
+    stream = llm.stream("abc", DRAWN)
+    with pytest.raises(BackendError, match="boom"):
+        list(stream)
+    (output,) = stream.output.outputs
+    assert len(output.token_ids) == 7 - len(stream.output.prompt_token_ids)
+
+
+def test_no_log_probability_without_its_token(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty(llm, monkeypatch, 8)
+    (choice,) = llm.engine.add(llm.tokenizer.encode("abc"), SamplingParams(seed=1, max_tokens=9, logprobs=2))
+    while llm.engine.busy:
+        llm.engine.step()
+    assert len(choice.logprobs) == len(choice.top) == len(choice.output) > 0
+    assert isinstance(choice.error, ValueError)

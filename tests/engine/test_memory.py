@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hasten.engine import memory
+from hasten.errors import MemoryLimitError
 
 MiB = 1 << 20
 
@@ -57,3 +58,39 @@ def test_memory_of_version_one_groups(tmp_path: Path) -> None:
     lines = "5:cpu,cpuacct:/docker\n4:memory:/docker\n0::/\n"
     root = write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": lines, **group})
     assert memory.memory(root) == (512 * MiB, 412 * MiB)
+
+
+def group(name: str, limit: str, used: int) -> dict[str, str]:
+    folder = f"sys/fs/cgroup/{name}/"
+    return {folder + "memory.max": limit, folder + "memory.current": str(used), folder + "memory.stat": "anon 1\n"}
+
+
+@pytest.mark.parametrize("used", [1000 * MiB, 1001 * MiB])
+@pytest.mark.parametrize("parent", ["max", str(4000 * MiB)])
+def test_a_group_at_its_limit_has_nothing_left(tmp_path: Path, parent: str, used: int) -> None:
+    files = {**group("a", parent, 1001 * MiB), **group("a/b", str(1000 * MiB), used)}
+    root = write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/a/b\n", **files})
+    assert memory.memory(root) == (1000 * MiB, 0)
+
+
+def test_a_full_group_above_a_roomier_one(tmp_path: Path) -> None:
+    files = {**group("a", str(1000 * MiB), 1000 * MiB), **group("a/b", str(2000 * MiB), 5 * MiB)}
+    root = write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/a/b\n", **files})
+    assert memory.memory(root) == (1000 * MiB, 0)
+
+
+def test_a_system_that_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> int:
+        raise ValueError
+
+    monkeypatch.setattr("os.sysconf", unknown)
+    assert memory.memory(tmp_path) == (None, None)
+    root = write(tmp_path, {"proc/self/cgroup": "0::/a\n", **group("a", str(1000 * MiB), 300 * MiB)})
+    assert memory.memory(root) == (1000 * MiB, 700 * MiB)
+
+
+def test_nothing_left_is_not_unknown() -> None:
+    needed = memory.Prediction(weights=1, kv_cache=1, buffers=1)
+    memory.require(needed, None)
+    with pytest.raises(MemoryLimitError, match="0 B are available"):
+        memory.require(needed, 0)

@@ -295,6 +295,9 @@ def test_packed_matrices_take_what_memory_the_rest_leaves(files, tmp_path) -> No
     assert kept[0] <= (300 << 20) - (256 << 20)
     assert least <= kept[0] < kept[1] <= 250 << 20
     assert kept[2] == 2000 << 20
+    assert job.check_room(model, text, tmp_path / "o", replace(here, memory_available=None)) == least, "not known"
+    with pytest.raises(MemoryLimitError, match=r"0\.0 GB are available"):
+        job.check_room(model, text, tmp_path / "o", replace(here, memory_available=0))
 
 
 def test_the_model_is_proven_as_it_is_served(files, tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from threading import Thread
@@ -20,13 +21,17 @@ import httpx
 import pytest
 
 from hasten.cli.main import main
+from hasten.cli.serve import names
 
 LONG = {"prompt": "def read", "max_tokens": 400, "ignore_eos": True, "n": 8, "seed": 1}
 
 
 @contextmanager
-def process(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, URL) of a server of the embedded model on a free port."""
+def process(
+    *flags: str, log: list[str] | None = None, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, URL) of a server of the embedded model on a free port; what it says once it serves goes to `log`."""
+    log = [] if log is None else log
     command = [sys.executable, "-m", "hasten", "serve", "demo", "--port", "0", "--threads", "1", *flags]
     here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=here) as started:
@@ -39,7 +44,7 @@ def process(*flags: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
                     break
             else:
                 pytest.fail("".join(lines))
-            Thread(target=started.stderr.read, daemon=True).start()
+            Thread(target=log.extend, args=(started.stderr,), daemon=True).start()
             yield started, found[1]
         finally:
             started.kill()
@@ -86,15 +91,23 @@ def test_a_second_one_ends_at_once(number: signal.Signals) -> None:
 
 
 def test_draining_has_a_deadline() -> None:
-    with process("--drain-seconds", "1") as (server, url):
+    log: list[str] = []
+    with process("--drain-seconds", "1", log=log) as (server, url), ThreadPoolExecutor(1) as pool:
         client, answer, lines = begin(url)
         with closing(client), closing(answer):
+            whole = pool.submit(httpx.post, url + "/v1/completions", json=LONG, timeout=60)
+            time.sleep(0.2)
             started = time.monotonic()
             server.send_signal(signal.SIGTERM)
+            told = [line.removeprefix("data: ") for line in lines if line]
             assert server.wait(10) == 0
             assert 0.5 < time.monotonic() - started < 8
-            with pytest.raises(httpx.RemoteProtocolError):
-                list(lines)
+        assert told[-1] == "[DONE]"
+        assert json.loads(told[-2])["error"]["code"] == "unavailable"
+        refused = whole.result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+    assert any("did not end within 1 s" in line for line in log)
+    assert not any("Traceback" in line for line in log)
 
 
 def test_keys_come_from_the_environment_and_the_name_from_a_flag() -> None:
@@ -134,3 +147,11 @@ def test_help_loads_none_of_the_server() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=here, check=True).stdout
     assert "--drain-seconds" in shown
     assert not re.search(r"'(fastapi|uvicorn|numpy|asyncio|prometheus_client)'", shown)
+
+
+def test_a_folder_is_called_by_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert names("fast/", None) == ("fast", "fast/")
+    assert names("fast/", "mine") == ("mine", "fast", "fast/")
+    assert names("org/model", None) == ("org/model",)

@@ -15,7 +15,7 @@ DESCRIPTIONS = {
     "prefill": "a prompt of {tokens} tokens, to its first token",
     "decode": "{batch} sequences step together from depth {depth}, {new} steps",
     "depth": "one sequence steps from depth {depth}, {new} steps",
-    "serve": "{batch} clients of the engine's own server, each with one request at a time: prompts of 128 to {tokens} "
+    "serve": "so many clients of the engine's own server, each with one request at a time: prompts of 128 to {tokens} "
     "tokens, {new} new; output tokens a second of all together",
     "ttft-warm": "a prompt of {tokens} tokens to its first token, in a process that is ready",
     "ttft-cold": "from starting the process to the first token of a prompt of {tokens}",
@@ -163,6 +163,12 @@ def head(found: Mapping[str, Any]) -> str:
     )
 
 
+def title(found: Mapping[str, Any]) -> str:
+    """The model, hasten's formats, and what was measured: no two sections are called the same."""
+    formats = [name.removeprefix("hasten ") for name, e in found["engines"].items() if e["peer"] == "hasten"]
+    return f"{name_of(found)} in {', '.join(formats)}: {', '.join(w['name'] for w in found['workloads'])}"
+
+
 def name_of(found: Mapping[str, Any]) -> str:
     """The model as it is shown: no paths of the machine that measured."""
     return Path(found["model"]["source"]).name
@@ -231,7 +237,7 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
         "Weights of 4 bits and fewer need less, and may pass it: 1.6 times is what their instructions would allow.",
     ]
     for found in documents:
-        parts += ["", f"## {name_of(found)}", "", head(found), ""]
+        parts += ["", f"## {title(found)}", "", head(found), ""]
         kinds = {w["kind"]: DESCRIPTIONS[w["kind"]].format(**w) for w in found["workloads"]}
         parts += [f"- `{kind}`: {text}" for kind, text in kinds.items() if not kind.startswith(("prefill", "de"))]
         shown = rows(found)

@@ -11,11 +11,12 @@ from hasten.engine.memory import ROOT, kilobytes, memory
 
 GiB = 1 << 30
 MAX_READ_BYTES = GiB  # more than this tells nothing new about memory
+LEAST_READ_BYTES = GiB // 64
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is. Sizes in bytes; a size that the system does not tell is 0."""
+    """What there is. Sizes in bytes; a cache that the system does not tell of is 0."""
 
     cpu: str
     cores: int
@@ -24,9 +25,9 @@ class Machine:
     """The one in use: the best there is, or what HASTEN_ISA asks for."""
     instruction_sets: tuple[str, ...]
     """All that this processor runs, best first."""
-    memory_total: int
-    memory_available: int
-    """What can still be taken, container limits included."""
+    memory_total: int | None
+    memory_available: int | None
+    """What can still be taken, container limits included. None of both: the system does not tell."""
     last_level_cache: int
 
 
@@ -67,13 +68,14 @@ def describe() -> Machine:
 def limits(seconds: float = 0.2, threads: int = 0) -> Limits:
     """Measure the three limits, `seconds` each. threads 0: as many as `describe().cores`.
 
-    Memory is read from a buffer well past the last-level cache (at most a quarter of the memory left).
+    Memory is read from a buffer well past the last-level cache (at most a quarter of the memory left, at least 16 MiB).
     """
     from hasten import _native
 
     threads = threads or _native.granted_threads()
-    wanted = max(8 * last_level_cache(), GiB // 4)
-    size = min(wanted, MAX_READ_BYTES, memory()[1] // 4 or MAX_READ_BYTES)
+    size, available = min(max(8 * last_level_cache(), GiB // 4), MAX_READ_BYTES), memory()[1]
+    if available is not None:
+        size = min(size, max(available // 4, LEAST_READ_BYTES))
     return Limits(
         _native.read_gbs(size, seconds, threads),
         _native.int8_gmacs(seconds, threads),

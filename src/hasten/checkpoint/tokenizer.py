@@ -15,6 +15,8 @@ REPLACEMENT = "\ufffd"
 AT_ONCE = 4096
 """Characters that are encoded while other threads wait; for longer texts the library is called as a batch, which alone
 lets them go on."""
+LONGEST_CHARACTER = 4
+"""Bytes of one in UTF-8."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -181,7 +183,8 @@ class Stream:
     """Decodes token by token. What it returns, joined, is what decoding the whole sequence returns.
 
     Text is held back while it may still change: an unfinished character (shown as U+FFFD), and a run of raw byte
-    tokens, which is only judged as a whole. The window that is decoded again at each step stays a few tokens long.
+    tokens, which is only judged as a whole, once it ends. The window that is decoded again at each step stays a few
+    tokens long, whatever bytes they are.
     """
 
     WINDOW = 8
@@ -194,8 +197,10 @@ class Stream:
 
     def push(self, id: int) -> str:
         """The text that this token settles, often "" or more than its own."""
+        if self._tokenizer.is_silent(id, self._skip_special):
+            return ""
         self._window.append(id)
-        if self._tokenizer.is_byte(id) or self._tokenizer.is_silent(id, self._skip_special):
+        if self._tokenizer.is_byte(id):
             return ""
         text = self._tokenizer.decode(self._window, self._skip_special)
         settled = len(text) - 1 if text.endswith(REPLACEMENT) else len(text)
@@ -205,7 +210,22 @@ class Stream:
             # The last token alone is context enough: it is no raw byte, and gives text for the next to follow.
             self._window = [id]
             self._sent = len(self._tokenizer.decode(self._window, self._skip_special))
+        elif len(self._window) > self.WINDOW:
+            self._cut(text)
         return new
+
+    def _cut(self, text: str) -> None:
+        """Drop what stands before the window's last character, which may be unfinished; `text` is the window's.
+
+        That character has begun at one of the last tokens, at most 4. Where the window's parts decode alone to what
+        they decode to together, no character spans them: its bytes would be shown as one U+FFFD or more on either side.
+        """
+        for at in range(len(self._window) - 1, len(self._window) - 1 - LONGEST_CHARACTER, -1):
+            before = self._tokenizer.decode(self._window[:at], self._skip_special)
+            rest = self._tokenizer.decode(self._window[at:], self._skip_special)
+            if rest and before + rest == text and len(before) <= self._sent:
+                self._window, self._sent = self._window[at:], self._sent - len(before)
+                return
 
     def finish(self) -> str:
         """What was held back to the end."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hasten
-from hasten.cli.cache import Cache
+from hasten.cli.cache import Room
 from hasten.cli.options import argument, group, option, required
 from hasten.cli.progress import Report, reporter
 from hasten.cli.serve import NEEDS, SCORE_ROWS, names, served
@@ -35,7 +35,7 @@ class Options:
         None, help="tokens that prompt and answer may have (default: the model's, at most 4096)"
     )
     max_batch: int = option(16, help="answers computed together")
-    cache: Cache = group(Cache)
+    cache: Room = group(Room)
     threads: int = option(0, help="0: one a core")
     json: bool = option(False, help="print the summary as JSON")
 
@@ -71,7 +71,7 @@ def facts(model: Model, options: Options) -> dict[str, Any]:
     from hasten.checkpoint.files import fingerprint
     from hasten.engine.llm import limits_for
 
-    limits = limits_for(model, **sizes(options))
+    limits = limits_for(model, budget=options.cache.budget, **sizes(options))
     return {
         "model": fingerprint(model.path),
         "name of the model": names(options.model, options.name)[0],
@@ -83,7 +83,7 @@ def facts(model: Model, options: Options) -> dict[str, Any]:
 
 
 def sizes(options: Options) -> dict[str, Any]:
-    """What LLM and limits_for take by these names."""
+    """What both LLM and limits_for take by these names."""
     return {
         "context": options.context,
         "max_batch": options.max_batch,
@@ -99,7 +99,7 @@ def answered(model: Model, options: Options, requests: Requests, results: Result
 
     if results.count:
         note(f"continuing: {results.count} of {len(requests)} lines are answered already")
-    llm = LLM(model, **sizes(options), report=report)
+    llm = LLM(model, memory=options.cache.budget, **sizes(options), report=report)
     try:
         return answer(llm.make_engine, served(llm, options.model, options.name), requests, results, report)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from hasten.cli.cache import Cache
+from hasten.cli.cache import Room
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.cli.sampling import Sampling
@@ -31,7 +31,7 @@ class Options:
     tokens: int | None = option(None, "-n", help="tokens of one answer at most (default: what the context leaves)")
     sampling: Sampling = group(Sampling)
     context: int | None = option(None, help="tokens of the whole conversation (default: the model's, at most 4096)")
-    cache: Cache = group(Cache)
+    cache: Room = group(Room)
     threads: int = option(0, help="0: one a core")
 
 
@@ -50,6 +50,7 @@ def run(options: Options) -> None:
             max_batch=1,
             threads=options.threads,
             kv_format=options.cache.kv_format,
+            memory=options.cache.budget,
             report=report,
         )
     print(COMMANDS, file=sys.stderr)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hasten.cli.cache import Cache
+from hasten.cli.cache import Room
 from hasten.cli.options import argument, group, option, required
 from hasten.cli.progress import reporter
 from hasten.cli.sampling import Sampling
@@ -29,7 +29,7 @@ class Options:
     context: int | None = option(
         None, help="tokens that prompt and answer may have (default: the model's, at most 4096)"
     )
-    cache: Cache = group(Cache)
+    cache: Room = group(Room)
     threads: int = option(0, help="0: one a core")
     json: bool = option(False, help="print one JSON document at the end instead of text as it comes")
 
@@ -47,6 +47,7 @@ def run(options: Options) -> None:
             max_batch=1,
             threads=options.threads,
             kv_format=options.cache.kv_format,
+            memory=options.cache.budget,
             report=report,
         )
     started = time.perf_counter()

@@ -162,7 +162,8 @@ def show(document: dict[str, Any]) -> None:
     memory = document["memory"]
     parts = " + ".join(f"{size(memory[part])} {part.replace('_', ' ')}" for part in ("weights", "kv_cache", "buffers"))
     print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {memory['kv_format']}:")
-    print(f"{parts} = {size(memory['total'])}, of {size(memory['available'])} available")
+    known = "" if memory["available"] is None else f", of {size(memory['available'])} available"
+    print(f"{parts} = {size(memory['total'])}{known}")
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:

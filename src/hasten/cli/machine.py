@@ -30,11 +30,14 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps({**asdict(here), **asdict(limits)}, indent=1))
         return
+    left = "unknown"
+    if here.memory_available is not None and here.memory_total is not None:
+        left = f"{here.memory_available / 2**30:.1f} of {here.memory_total / 2**30:.1f} GiB left"
     rows = {
         "processor": here.cpu,
         "cores": f"{here.cores} (affinity and container limits count)",
         "instruction set": f"{here.instruction_set} (of {', '.join(here.instruction_sets)})",
-        "memory": f"{here.memory_available / 2**30:.1f} of {here.memory_total / 2**30:.1f} GiB left",
+        "memory": left,
         "last-level cache": f"{here.last_level_cache / 2**20:.1f} MiB",
         f"limits, {limits.threads} threads": "",
         "  memory read": f"{limits.memory_read_gbs:.1f} GB/s",

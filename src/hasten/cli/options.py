@@ -114,7 +114,7 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
 
 
 def _shown(default: Any) -> str:
-    if default is None or default == "":
+    if default is None or default == "" or default == ():
         return ""
     text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
     return f" (default: {text.replace('%', '%%')})"

@@ -8,10 +8,11 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hasten
-from hasten.cli.cache import Cache
+from hasten.cli.cache import Room
 from hasten.cli.options import argument, group, option
 from hasten.cli.progress import reporter
 from hasten.errors import DependencyError, InputError
@@ -40,7 +41,7 @@ class Options:
     )
     max_batch: int = option(16, help="answers computed together; more wait")
     max_queue: int = option(256, help="answers that may wait; more are refused with 429")
-    cache: Cache = group(Cache)
+    cache: Room = group(Room)
     threads: int = option(0, help="0: one a core")
     drain_seconds: float = option(30.0, help="that running answers have to end after SIGTERM")
     stall_seconds: float = option(120.0, help="without a step while there is work, after which /health fails")
@@ -73,6 +74,7 @@ def run(options: Options) -> None:
                 max_batch=options.max_batch,
                 threads=options.threads,
                 kv_format=options.cache.kv_format,
+                memory=options.cache.budget,
                 score_rows=SCORE_ROWS,
                 report=report,
             )
@@ -117,5 +119,7 @@ def served(llm: LLM, model: str, name: str | None) -> Served:
 
 
 def names(model: str, name: str | None) -> tuple[str, ...]:
-    """What requests may call the model; the first is what answers say."""
-    return tuple(dict.fromkeys([name or model, model]))
+    """What requests may call the model; the first is what answers say. A folder is called by its own name."""
+    given = Path(model)
+    own = given.resolve().name if given.is_dir() else model
+    return tuple(dict.fromkeys([name or own or model, own or model, model]))

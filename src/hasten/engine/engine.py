@@ -54,6 +54,8 @@ class Engine:
         self.guidance = Guidance(tokenizer, vocabulary, self.eos_token_ids)
         self._batches = Batches(self.blocks)
         self._streams: dict[Sequence, TextStream] = {}
+        self.steps = 0
+        """Steps that have computed something."""
 
     @property
     def busy(self) -> bool:
@@ -122,12 +124,14 @@ class Engine:
             return []
         outputs = self.program.step(self._batches.batch(spans, self.scheduler.moves))
         self.scheduler.commit(spans)
+        self.steps += 1
         drawing = [span.sequence for span in spans if span.draws]
         for sequence, token in zip(drawing, draw(spans, outputs, self.sampler), strict=True):
             try:
                 self._append(sequence, token)
             except Exception as error:  # what befalls one is not the others' trouble
                 sequence.error = error
+                _forget_draw(sequence)
                 self._drop(sequence)
         return drawing
 
@@ -145,6 +149,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: int) -> None:
         if len(sequence.tokens) >= sequence.limit:  # nothing was to be drawn
             sequence.finish_reason = "length"
+            _forget_draw(sequence)
             self._finish(sequence)
             return
         sequence.tokens.append(token)
@@ -217,6 +222,12 @@ class Engine:
         if found and grammar:
             found.check_beginning(grammar.beginning)
         return found
+
+
+def _forget_draw(sequence: Sequence) -> None:
+    """Log-probabilities of a token that was drawn and not taken."""
+    taken = len(sequence.tokens) - sequence.prompt_length
+    del sequence.logprobs[taken:], sequence.top[taken:]
 
 
 def _outside(prompt: list[int], vocabulary: int) -> object:

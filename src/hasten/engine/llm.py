@@ -22,7 +22,7 @@ from hasten.engine.engine import Engine
 from hasten.engine.progress import Progress, Report
 from hasten.engine.request import CompletionOutput, Logprob, RequestOutput, SamplingParams
 from hasten.engine.request import Sequence as Choice
-from hasten.errors import ContextError, InputError
+from hasten.errors import BackendError, ContextError, InputError
 
 if TYPE_CHECKING:
     from hasten.checkpoint import Model
@@ -93,7 +93,8 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """An output for each prompt, a text or its token ids, in their order. Raises InputError or ContextError.
+        """An output for each prompt, a text or its token ids, in their order. Raises InputError or ContextError, and
+        BackendError where the engine fails over one of them.
 
         `progress` is told of tokens done and how many there may be; `use_tqdm` shows lines on stderr after 2 seconds.
         """
@@ -114,6 +115,7 @@ class LLM:
         try:
             while self.engine.busy:
                 self.engine.step()
+                _raise_faults(choices)
                 progress.step()
             whole = True
         finally:
@@ -215,6 +217,14 @@ def _several(prompts: object) -> list[object]:
         return [prompts]
 
 
+def _raise_faults(choices: Sequence[Choice]) -> None:
+    """Raise BackendError where the engine dropped one of them for a fault of its own."""
+    for choice in choices:
+        if choice.error is not None:
+            reason = f"{type(choice.error).__name__}: {choice.error}"
+            raise BackendError(f"the engine failed over a request: {reason}") from choice.error
+
+
 class Stream:
     """Iterate for pieces of text; `output` is what there is so far. Closing it early drops the request."""
 
@@ -226,6 +236,7 @@ class Stream:
 
     def __next__(self) -> str:
         while self._shown == len(self._choice.text):
+            _raise_faults([self._choice])
             if self._choice.finish_reason is not None:
                 raise StopIteration
             self._llm.engine.step()
@@ -278,12 +289,12 @@ def limits_for(
     return _with_cache(model, limits, memory.memory()[1] if budget is None else budget)
 
 
-def _with_cache(model: Model, limits: Limits, available: int) -> Limits:
+def _with_cache(model: Model, limits: Limits, available: int | None) -> Limits:
     one = -(-limits.context // limits.block_size)
     least = replace(limits, kv_blocks=one)
     needed = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), least, model.formats)
     memory.require(needed, available)
-    if not available:
+    if available is None:
         return replace(limits, kv_blocks=one * limits.max_sequences)
     left = KV_SHARE * (available - needed.weights - needed.buffers)
     fit = int(left // max(needed.kv_cache / one, 1))

@@ -76,9 +76,9 @@ def kv_format(stored: Iterable[str], asked: str = "auto") -> str:
     return asked
 
 
-def require(needed: Prediction, available: int) -> None:
-    """Raise MemoryLimitError where `needed` is more than the `available` bytes (0: not known, nothing is refused)."""
-    if available and needed.total > available:
+def require(needed: Prediction, available: int | None) -> None:
+    """Raise MemoryLimitError where `needed` is more than the `available` bytes (None, not known: nothing is)."""
+    if available is not None and needed.total > available:
         parts = f"weights {size(needed.weights)}, cache {size(needed.kv_cache)}, buffers {size(needed.buffers)}"
         raise MemoryLimitError(
             f"running this takes {size(needed.total)} ({parts}); {size(available)} are available",
@@ -95,8 +95,13 @@ def size(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
-def memory(root: Path = ROOT) -> tuple[int, int]:
-    """(total, available) bytes, the smaller of machine and container; (0, 0) where the system does not tell."""
+def memory(root: Path = ROOT) -> tuple[int | None, int | None]:
+    """(total, available) bytes, the smaller of machine and container; (None, None) where the system does not tell.
+
+    0 available is what a container at its limit has.
+    """
+    total: int | None
+    available: int | None
     try:
         total = kilobytes(root / "proc/meminfo", "MemTotal")
         available = kilobytes(root / "proc/meminfo", "MemAvailable")
@@ -104,11 +109,12 @@ def memory(root: Path = ROOT) -> tuple[int, int]:
         try:
             total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (OSError, ValueError, AttributeError):
-            total = 0
+            total = None
         available = total
     for limit, used in _container_limits(root):
-        total = min(total or limit, limit)
-        available = min(available or limit, max(limit - used, 0))
+        left = max(limit - used, 0)
+        total = limit if total is None else min(total, limit)
+        available = left if available is None else min(available, left)
     return total, available
 
 

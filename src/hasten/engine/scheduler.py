@@ -147,9 +147,11 @@ class Scheduler:
             self.blocks.share(block)
         sequence.blocks.extend(known)
         self.moves += 1
-        sequence.computed = sequence.cached = len(known) * self.blocks.size
-        self.prompt_tokens += len(sequence.tokens)
-        self.found_tokens += sequence.cached
+        sequence.computed = len(known) * self.blocks.size
+        if not sequence.preemptions:  # later it finds what it has computed itself
+            sequence.cached = sequence.computed
+            self.prompt_tokens += len(sequence.tokens)
+            self.found_tokens += sequence.cached
         return True
 
     def _being_computed(self, sequence: Sequence, index: int) -> bool:

@@ -163,13 +163,14 @@ def check_room(model: Model, chosen: Texts, output: Path, here: Machine) -> int:
     hidden = 3 * 4 * calibration_tokens(graph) * graph.hidden
     needed = one.weights + CONTENDERS * parameters + (1 + CONTENDERS) * (one.kv_cache + one.buffers)
     needed += 4 * 6 * largest + hidden + (256 << 20)
-    spare = max(here.memory_available - needed, 0)
-    packed = max(min(LEAST_PACKED, 4 * parameters), min(here.memory_available // 4, spare))
+    available, packed = here.memory_available, min(LEAST_PACKED, 4 * parameters)
+    if available is not None:
+        packed = max(packed, min(available // 4, available - needed))
     needed += min(LEAST_PACKED, 4 * parameters)
-    if here.memory_available and needed > here.memory_available:
+    if available is not None and needed > available:
         raise MemoryLimitError(
             f"accelerating this model takes about {needed / 1e9:.1f} GB of memory, "
-            f"{here.memory_available / 1e9:.1f} GB are available",
+            f"{available / 1e9:.1f} GB are available",
             "use a smaller model or a larger machine",
         )
     parent = output.absolute().parent

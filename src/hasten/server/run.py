@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -28,6 +29,7 @@ from hasten.server.streams import encoded
 log = logging.getLogger("hasten.server")
 HEADER_BYTES = 32 << 10
 HEADER_SECONDS = 15.0
+FAREWELL_SECONDS = 3.0
 
 
 class Protocol(H11Protocol):
@@ -87,12 +89,26 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """The first signal drains, a second one ends at once. `serve` returns when all is over."""
+    """The first signal drains, a second one ends at once. `serve` returns when all is over.
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    What does not end within `drain_seconds` is told so, and has `FAREWELL_SECONDS` to be sent.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._drain_seconds = service, drain_seconds
         self.interrupted: int | None = None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        deadline = asyncio.get_running_loop().call_later(self._drain_seconds, self._give_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
+
+    def _give_up(self) -> None:
+        log.warning("%d did not end within %g s", self._service.active, self._drain_seconds)
+        self._service.end()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -131,10 +147,10 @@ def make_server(app: FastAPI, drain_seconds: float) -> Server:
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)),
+        timeout_graceful_shutdown=math.ceil(drain_seconds + FAREWELL_SECONDS),
         backlog=1024,
     )
-    return Server(config, context.service)
+    return Server(config, context.service, drain_seconds)
 
 
 def run(app: FastAPI, bound: socket.socket, drain_seconds: float) -> None:

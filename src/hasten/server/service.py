@@ -53,7 +53,7 @@ class Health:
     running: int
     waiting: int
     heartbeat_seconds: float
-    """Since the engine's loop last went round; only tells something while there is work."""
+    """Since the engine last computed something; only tells something while there is work."""
 
 
 @dataclass(slots=True)
@@ -146,11 +146,15 @@ class Service:
 
     def stop(self, seconds: float = 5.0) -> None:
         """End the engine's thread; what is still running fails."""
+        self.end()
+        self._thread.join(seconds)
+
+    def end(self) -> None:
+        """As stop, without waiting for it."""
         with self._changed:
             if self.state != "failed":
                 self.state = "stopped"
             self._changed.notify_all()
-        self._thread.join(seconds)
 
     def _cancel(self, ticket: Ticket) -> None:
         with self._changed:
@@ -169,7 +173,8 @@ class Service:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._inbox or self._live or self.state == "stopped")
-                self._beat = time.monotonic()
+                if not self._live:  # there was nothing to do
+                    self._beat = time.monotonic()
             if self.state == "stopped":
                 self._fail_all(Unavailable("the server is shutting down"))
                 return
@@ -182,7 +187,10 @@ class Service:
     def _turn(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
+        before = self.engine.steps
         self._report(self.engine.step())
+        if self.engine.steps != before:  # going round without computing anything is no sign of life
+            self._beat = time.monotonic()
         self._send()
 
     def _start(self, ticket: Ticket, prompt: list[int], params: SamplingParams, how: dict[str, Any]) -> None:

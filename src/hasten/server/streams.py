@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hasten.server.errors import RequestError, as_request_error
-from hasten.server.ticket import Delta, Ticket
+from hasten.server.ticket import Delta, Ticket, arrival
 
 log = logging.getLogger("hasten.server")
 T = TypeVar("T")
@@ -156,32 +156,19 @@ async def _gone(receive: Receive) -> None:
 
 
 async def merged(tickets: list[Ticket]) -> AsyncIterator[tuple[int, Delta]]:
-    """(number of its ticket, delta) of several requests as they come."""
-    if len(tickets) == 1:
-        async for delta in tickets[0]:
-            yield 0, delta
-        return
-    queue: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue()
+    """(number of its ticket, delta) of several requests as they come, each in its turn.
 
-    async def feed(number: int, ticket: Ticket) -> None:
-        try:
-            async for delta in ticket:
-                queue.put_nowait((number, delta))
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.ensure_future(feed(i, t)) for i, t in enumerate(tickets)]
-    try:
-        left = len(tasks)
-        while left:
-            item = await queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
+    Nothing is taken before it is asked for: what a lagging reader has not read stays with the tickets, which join it.
+    """
+    left = dict(enumerate(tickets))
+    while left:
+        idle = True
+        for number, ticket in list(left.items()):
+            delta = ticket.take()
+            if delta is not None:
+                idle = False
+                yield number, delta
+            elif ticket.ended:
+                del left[number]
+        if idle and left:
+            await arrival(list(left.values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hasten.engine.request import FinishReason, PromptScores
@@ -68,6 +68,7 @@ class Ticket:
         self.cancelled = False
         self._cancel = cancel
         self._items: deque[Item] = deque()
+        self._unread: dict[int, Delta] = {}  # of each choice, what stands in _items
         self._waiter: asyncio.Future[None] | None = None
         self._open = choices
 
@@ -75,25 +76,38 @@ class Ticket:
         return self
 
     async def __anext__(self) -> Delta:
-        while not self._items:
-            if not self._open:
+        while (delta := self.take()) is None:
+            if self.ended:
                 raise StopAsyncIteration
-            self._waiter = self.loop.create_future()
-            await self._waiter
+            await arrival([self])
+        return delta
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return not self._open
+
+    def take(self) -> Delta | None:
+        """What came first of what was not taken yet, None where there is nothing. Raises what ended the request."""
+        if not self._items:
+            return None
         item = self._items.popleft()
         if isinstance(item, Exception):
             self._open = 0
             raise item
+        del self._unread[item.index]
         self._open -= item.finish_reason is not None
         return item
 
     def push(self, item: Item) -> None:
-        """Where the reader lags behind, what is new joins what it has not read, so that it gets fewer, larger ones."""
-        last = self._items[-1] if self._items else None
-        if isinstance(item, Delta) and isinstance(last, Delta) and last.index == item.index:
-            last.extend(item)
+        """Where the reader lags behind, what is new joins what it has not read of the same choice, so that it gets
+        fewer, larger ones, and never more wait than there are choices."""
+        if isinstance(item, Delta) and item.index in self._unread:
+            self._unread[item.index].extend(item)
         else:
             self._items.append(item)
+            if isinstance(item, Delta):
+                self._unread[item.index] = item
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -102,3 +116,11 @@ class Ticket:
         if self._open and not self.cancelled:
             self.cancelled = True
             self._cancel(self)
+
+
+async def arrival(tickets: Sequence[Ticket]) -> None:
+    """Wait until something comes for one of them; nobody else may be waiting for them."""
+    waiter = tickets[0].loop.create_future()
+    for ticket in tickets:
+        ticket._waiter = waiter
+    await waiter

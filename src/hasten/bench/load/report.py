@@ -21,6 +21,7 @@ TITLES = {
 COLUMNS = ("mean", "p50", "p90", "p99", "max")
 SLOW_CLIENT = 0.1  # of the median time to first token: a client later than this spoils what it measures
 LEAST_LAG_MS = 5.0
+CACHED = 0.1  # of prompts' tokens: more than this makes figures of new prompts look better
 
 
 def rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -73,6 +74,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         first = one["first"]
         lines.append(f"{one['outcome']}: {one['error']}, {one['count']} times{hint}. Request {first['request']}: ")
         lines[-1] += first["detail"] or "nothing said"
+    if tokens["cached"] > CACHED * tokens["prompt"]:
+        lines.append(
+            f"{tokens['cached'] / tokens['prompt']:.0%} of the prompts' tokens came from a cache, so first tokens came "
+            "sooner than to new prompts; the same --seed sends the same prompts again, another one sends others"
+        )
     if tokens["counted_by_chunks"]:
         lines.append(f"{tokens['counted_by_chunks']} answers came without usage: their tokens are counted by chunks")
     if tokens["short_answers"]:
