@@ -97,7 +97,7 @@ def serve(
     service = Service(make_engine, service_limits)
     source = llm.tokenizer.chat_template if template is None else template
     served = Served(("demo",), llm.tokenizer, llm.program.limits.context, llm.model.graph.vocabulary, {}, source)
-    app = create_app(service, Config(served, keys, limits or HttpLimits()))
+    app = create_app(service, Config(served, keys, limits=limits or HttpLimits()))
     bound: socket.socket = bind("127.0.0.1", 0)
     host, port = bound.getsockname()
     uvicorn = make_server(app, drain_seconds)

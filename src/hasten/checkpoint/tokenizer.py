@@ -12,6 +12,9 @@ from hasten.errors import CheckpointError, InputError
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 REPLACEMENT = "\ufffd"
+AT_ONCE = 4096
+"""Characters that are encoded while other threads wait; for longer texts the library is called as a batch, which alone
+lets them go on."""
 LONGEST_CHARACTER = 4
 """Bytes of one in UTF-8."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -36,6 +39,8 @@ class Tokenizer:
             # Its errors are bare Exceptions, and panics of Rust that derive from BaseException.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise CheckpointError(f"{path / 'tokenizer.json'} is no tokenizer: {reason}") from None
+        # Of a library without encode_batch_fast its slower brother, which counts characters besides.
+        self._encode_batch = getattr(self._tokenizer, "encode_batch_fast", self._tokenizer.encode_batch)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._config = read_optional_object(path / "tokenizer_config.json")
@@ -91,7 +96,11 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise InputError("the text holds half of a surrogate pair, which is no character") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        if len(text) <= AT_ONCE:
+            found = self._tokenizer.encode(text, add_special_tokens=special)
+        else:
+            found = self._encode_batch([text], add_special_tokens=special)[0]
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import logging
 import os
 import time
@@ -77,20 +78,29 @@ def run(options: Options) -> None:
                 score_rows=SCORE_ROWS,
                 report=report,
             )
-        config = configuration(llm, options)
+        config = configuration(llm, options, bound.getsockname()[0])
         limits = ServiceLimits(options.max_queue, options.stall_seconds)
         app = create_app(Service(llm.make_engine, limits), config)
         serve(app, bound, options.drain_seconds)
 
 
-def configuration(llm: LLM, options: Options) -> Config:
-    """What the server says of `llm`, and who may ask it."""
+def configuration(llm: LLM, options: Options, address: str) -> Config:
+    """What the server at `address` says of `llm`, and who may ask it."""
     from hasten.server.config import Config
 
     keys = options.api_key or tuple(k for k in os.environ.get(KEY_VARIABLE, "").split(",") if k)
     if any(not key.isascii() or key != key.strip() or not key for key in keys):
         raise InputError("an API key must be plain ASCII without spaces around it")
-    return Config(served(llm, options.model, options.name), keys, version=hasten.__version__)
+    known = served(llm, options.model, options.name)
+    hosts = frozenset() if keys else local_names(options.host, address)
+    return Config(known, keys, hosts, version=hasten.__version__)
+
+
+def local_names(host: str, address: str) -> frozenset[str]:
+    """What browsers of this machine call a server that only they can reach; empty where others can reach it too."""
+    if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        return frozenset()
+    return frozenset({"localhost", "127.0.0.1", "::1", host.lower(), address})
 
 
 def served(llm: LLM, model: str, name: str | None) -> Served:

@@ -12,6 +12,7 @@ import sys
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -135,28 +136,54 @@ class Guidance:
 
 
 class Grammar:
-    """Compiled, for one request: starts a guide for each choice. `words`: of 32 tokens each, in a mask."""
+    """Compiled, for one request: starts a guide for each choice. `words`: of 32 tokens each, in a mask.
+
+    A choice takes its matcher when it first needs one, so that those that wait hold none.
+    """
 
     def __init__(
         self, make: Callable[[], Any], ready: list[Any], words: int, before: Callable[[], _Thinking] | None
     ) -> None:
         self._make, self._ready, self._words, self._before = make, ready, words, before
+        self._later = 0
+        self._submit: Callable[[Callable[[], None]], object] = lambda prepare: None
 
     def start(self) -> Guide:
-        matcher = self._ready.pop() if self._ready else self._make()
-        return Guide(matcher, self._words, self._before() if self._before else None)
+        return Guide(self._take, self._words, self._before() if self._before else None)
+
+    def prepare(self) -> None:
+        """Make one more ready; on any thread."""
+        self._ready.append(self._make())
+
+    def prepare_later(self, count: int, submit: Callable[[Callable[[], None]], object]) -> None:
+        """For so many choices that start later, have `submit` run `prepare` as each of those before them starts."""
+        self._later, self._submit = count, submit
+
+    def _take(self) -> Any:
+        """A matcher that no other choice has."""
+        if self._later > 0:
+            self._later -= 1
+            with suppress(RuntimeError):  # the threads have ended: it is made here
+                self._submit(self.prepare)
+        try:
+            return self._ready.pop()
+        except IndexError:
+            return self._make()
 
     @property
     def beginning(self) -> UInt32:
         """[ceil(vocabulary / 32)] a bit for each token that it may begin with, after any thought."""
-        return _mask(self._make(), self._words)
+        if not self._ready:
+            self.prepare()
+        return _mask(self._ready[-1], self._words)
 
 
 class Guide:
     """Follows one output. Once it is complete only its end may follow; so too where the library gives up (`error`)."""
 
-    def __init__(self, matcher: Any, words: int, thinking: _Thinking | None) -> None:
-        self._matcher, self._words, self._thinking, self._taken = matcher, words, thinking, 0
+    def __init__(self, take: Callable[[], Any], words: int, thinking: _Thinking | None) -> None:
+        self._take, self._words, self._thinking, self._taken = take, words, thinking, 0
+        self._matcher: Any = None
 
     def mask(self, output: array[int]) -> UInt32:
         """[ceil(vocabulary / 32)] a bit for each token that may follow `output`, the tokens drawn so far."""
@@ -167,6 +194,8 @@ class Guide:
             new = thinking.follow(new)
             if thinking.inside:
                 return thinking.free
+        if self._matcher is None:
+            self._matcher = self._take()
         if new:
             self._matcher.consume_tokens(new)
         mask = _mask(self._matcher, self._words)
@@ -175,7 +204,7 @@ class Guide:
     @property
     def error(self) -> str:
         """Why the library gave up, where a step met its limits; else empty."""
-        reason = " ".join(self._matcher.get_error().split())
+        reason = " ".join(self._matcher.get_error().split()) if self._matcher is not None else ""
         return f"structured output was given up: {reason[:200]}" if reason else ""
 
 

@@ -7,6 +7,7 @@ nothing of hasten, so that it starts soon.
 """
 
 import json
+import os
 import resource
 import sys
 
@@ -35,6 +36,7 @@ class Bytes:
 
 
 def main() -> None:
+    os.nice(10)  # who asks for no grammar goes first
     for what, most in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, BYTES), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(what, (most, most))
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper

@@ -22,6 +22,7 @@ from hasten.engine.request import SamplingParams
 from hasten.errors import HastenError
 from hasten.server import routes
 from hasten.server.config import Config
+from hasten.server.encoding import Encoder
 from hasten.server.errors import RequestError
 from hasten.server.logprobs import Spelling
 from hasten.server.middleware import Guard
@@ -35,6 +36,7 @@ LARGE = 1 << 16
 """Bytes of a body that are parsed on another thread."""
 COMPILERS = 2
 """Grammars that are compiled at once; more wait."""
+Made = TypeVar("Made")
 Handler = TypeVar("Handler", bound=Callable[..., Coroutine[Any, Any, Response]])
 
 
@@ -49,11 +51,23 @@ class Context:
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
+        self._compiling = 0
         self.compilers = ThreadPoolExecutor(COMPILERS, "hasten-grammar")
+        self.encoder = Encoder(self.config)
         self.spelling = Spelling(self.config.served.tokenizer)
 
+    def check_room(self, prompts: int, n: int) -> None:
+        """Raise RequestError where so many choices can never be had together, Overloaded where they cannot now."""
+        places = self.service.places
+        if prompts * n > places:
+            name = "n" if prompts == 1 or n > places else "prompt"
+            message = f"{name} asks for too much: {prompts} x {n} choices, where at most {places} may run or wait"
+            raise RequestError(message, name)
+        self.service.check_room(prompts * n)
+
     async def bounds(self, params: SamplingParams, thought: Thought | None = None, prompts: int = 1) -> dict[str, Any]:
-        """The arguments of Engine.add that bind outputs after any `thought`. Raises InputError for invalid ones.
+        """The arguments of Engine.add that bind outputs after any `thought`. Raises InputError for invalid ones,
+        Overloaded where too many wait for theirs.
 
         To compile a grammar may take seconds, so it has threads of its own: other requests go on.
         """
@@ -62,9 +76,25 @@ class Context:
             return {}
 
         def make() -> dict[str, Any]:
-            grammar = engine.guidance.compile(wanted, thought, prompts * params.n) if wanted else None
+            grammar = engine.guidance.compile(wanted, thought) if wanted else None
             return {"grammar": grammar, "constraints": engine.constraints(params, grammar)}
 
+        if self._compiling >= COMPILERS + self.config.limits.grammars:
+            raise self.service.overloaded()
+        self._compiling += 1
+        try:
+            made = await self._compiled(make)
+            grammar, choices = made["grammar"], prompts * params.n
+            if grammar is not None:  # those that may begin together; one at a time, so that other requests' go between
+                ahead = min(choices, engine.program.limits.max_sequences)
+                for _ in range(ahead - 1):
+                    await self._compiled(grammar.prepare)
+                grammar.prepare_later(choices - ahead, self.compilers.submit)
+        finally:
+            self._compiling -= 1
+        return made
+
+    async def _compiled(self, make: Callable[[], Made]) -> Made:
         return await asyncio.get_running_loop().run_in_executor(self.compilers, make)
 
 
@@ -128,6 +158,7 @@ def takes(model: type[Strict]) -> dict[str, Any]:
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "what is wrong with the request, by the field's name"},
     401: {"description": "no API key, or a wrong one"},
+    403: {"description": "a Host that is none of this server's names"},
     404: {"description": "no such model"},
     408: {"description": "the body did not arrive in time"},
     413: {"description": "the body is too large"},
@@ -135,5 +166,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "the engine failed"},
     503: {"description": "the server is shutting down, or its engine is gone"},
 }
-REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 413, 429)}
+REFUSALS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 413, 429)}
 """What may come before any route."""

@@ -47,7 +47,7 @@ def answer(
     started, before, tokens = time.monotonic(), results.count, results.completion_tokens
     service = Service(make_engine, ServiceLimits(queue=sys.maxsize, restarts=sys.maxsize))  # it refuses nothing itself
     at_once = UNDER_WAY * service.engine.program.limits.max_sequences
-    limits = HttpLimits(requests=at_once + 1)
+    limits = HttpLimits(requests=at_once + 1, grammars=at_once)
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:

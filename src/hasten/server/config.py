@@ -24,13 +24,19 @@ class HttpLimits:
     connections: int = 2048
     prompts: int = 128
     """In one completion request."""
+    prompt_characters: int = 1 << 20
+    """Of one text that is cut into tokens, also where few of them are kept."""
     messages: int = 4096
     tools: int = 128
     n: int = 16
     logprobs: int = 20
+    values: int = 500_000
+    """Log-probabilities in one answer, over all of its tokens and choices."""
     stops: int = 16
     stop_length: int = 256
     """Characters of one stop text."""
+    grammars: int = 16
+    """Requests that may wait for their grammar to be compiled, besides those whose is."""
     ids: int = 4096
     """Token ids, bad words or biases in one field."""
 
@@ -56,6 +62,8 @@ class Config:
     served: Served
     api_keys: tuple[str, ...] = ()
     """None: anybody may ask."""
+    hosts: frozenset[str] = frozenset()
+    """Names, in lower case, that a request may call this server by in its Host header; none: any."""
     limits: HttpLimits = field(default_factory=HttpLimits)
     version: str = "0"
     """Of hasten, as the OpenAPI description states it."""

@@ -9,7 +9,7 @@ from typing import Any
 from hasten.errors import CheckpointError, ContextError, DependencyError, HastenError, InputError
 from hasten.server.ticket import EngineFault, GivenUp, Overloaded, Unavailable
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class RequestError(Exception):

@@ -19,12 +19,18 @@ OPEN_PATHS = ("/health",)
 PAGE = "/"
 
 
+def host_name(value: str) -> str:
+    """A Host header's name, without its port: in lower case, an IPv6 address without its brackets."""
+    name = value.rpartition("]")[0].removeprefix("[") if value.startswith("[") else value.partition(":")[0]
+    return name.strip().lower()
+
+
 class Guard:
     """Counts answers by route and status in `answers`."""
 
     def __init__(self, app: ASGIApp, config: Config, answers: Counter[tuple[str, int]]) -> None:
         self._app = app
-        self._limits = config.limits
+        self._limits, self._hosts = config.limits, config.hosts
         self._keys = [key.encode() for key in config.api_keys]
         self._answers = answers
         self._requests = 0
@@ -55,10 +61,12 @@ class Guard:
             self._answers[getattr(route, "path", "other"), status] += 1
 
     def _refusal(self, scope: Scope) -> RequestError | None:
-        path = scope["path"]
+        path, headers = scope["path"], Request(scope).headers
+        # Another site's page can have its own name resolve to this machine: then it is of one origin with the server.
+        if self._hosts and (host := host_name(headers.get("host", ""))) not in self._hosts:
+            return RequestError(f"this server is not called '{host[:100]}'", "host", status=403, code="unknown_host")
         if path in OPEN_PATHS:
             return None
-        headers = Request(scope).headers
         if self._keys and not self._known(headers.getlist("authorization"), page=path == PAGE):
             challenge = 'Basic realm="hasten", charset="UTF-8"' if path == PAGE else "Bearer"
             return RequestError(

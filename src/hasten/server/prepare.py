@@ -1,17 +1,17 @@
-"""From what a client sent to what the engine takes: sampling, prompts, bounds."""
+"""From what a client sent to what the engine takes: sampling, bounds, and the text of a conversation."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hasten.engine.request import SamplingParams, StructuredOutputsParams
-from hasten.errors import ContextError
 from hasten.server.config import Config, HttpLimits, Served
 from hasten.server.errors import RequestError, unsupported
-from hasten.server.protocol import ChatRequest, CompletionRequest, Generation, Message
+from hasten.server.protocol import ChatRequest, Generation, Message
 
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "typical_p"),
@@ -25,8 +25,6 @@ REFUSED = {"suffix": "", "spaces_between_special_tokens": True}
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """What a model's generation_config.json may say for requests that do not."""
 STRUCTURED = frozenset(field.name for field in dataclasses.fields(StructuredOutputsParams))
-INLINE = 4096
-"""Characters of text that are encoded at once; longer ones on another thread, so that the event loop goes on."""
 
 
 def check_model(served: Served, name: str | None) -> None:
@@ -122,52 +120,30 @@ def check_logprobs(name: str, value: int | None, limits: HttpLimits) -> None:
         raise RequestError(f"{name} is {value}, must be between 0 and {limits.logprobs}", name)
 
 
+def check_values(
+    prompts: Sequence[list[int]], params: SamplingParams, how: dict[str, Any], config: Config, names: tuple[str, str]
+) -> None:
+    """Raise RequestError where an answer would hold too many log-probabilities: `params.logprobs` beside each token
+    that is drawn, and how["prompt_logprobs"] beside those of prompts. `names`: the fields that ask for them, in this
+    order."""
+    scored, context = how.get("prompt_logprobs"), config.served.context
+    of_prompts = 0 if scored is None else sum(map(len, prompts)) * (scored + 1)
+    of_answers = 0
+    if params.logprobs is not None and how.get("draws", True):
+        room = (max(0, context - len(prompt)) for prompt in prompts)
+        of_answers = sum(min(params.max_tokens or context, r) for r in room) * (params.logprobs + 1)
+    values, most = (of_prompts + of_answers) * params.n, config.limits.values
+    if values > most:
+        name = names[of_prompts > of_answers]
+        raise RequestError(f"{name} asks for up to {values} log-probabilities, at most {most} are given", name)
+
+
 def handling(request: Generation) -> dict[str, Any]:
     """What else the engine is told of a request: the arguments of Engine.add by their names."""
     how: dict[str, Any] = {"priority": request.priority or 0, "cache_salt": request.cache_salt or ""}
     if request.skip_special_tokens is False:
         how["skip_special_tokens"] = False
     return how
-
-
-async def prompts(request: CompletionRequest, config: Config) -> list[list[int]]:
-    """The token ids of each prompt."""
-    given = request.prompt
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    listed: list[str | list[int]] = given if several else [given]
-    if len(listed) > config.limits.prompts:
-        raise RequestError(f"prompt holds {len(listed)}, at most {config.limits.prompts} are taken", "prompt")
-    return [
-        await prompt_ids(config.served, p, request) if isinstance(p, str) else _truncated(p, request) for p in listed
-    ]
-
-
-async def prompt_ids(served: Served, text: str, request: Generation, special: bool = True) -> list[int]:
-    """Token ids of a prompt. Raises ContextError for one that cannot fit, before it is cut into tokens."""
-    most = served.context * served.tokenizer.longest_token
-    if request.truncate_prompt_tokens is None and len(text) > most:
-        raise ContextError(
-            f"the prompt has {len(text)} characters; the context of {served.context} tokens holds at most {most}",
-            "shorten the prompt",
-        )
-    return _truncated(await encode(served, text, special), request)
-
-
-def _truncated(prompt: list[int], request: Generation) -> list[int]:
-    """The last tokens of a prompt, where a request wants no more of it."""
-    keep = request.truncate_prompt_tokens
-    if keep is None:
-        return prompt
-    if keep < 1:
-        raise RequestError(f"truncate_prompt_tokens is {keep}, must be 1 or more", "truncate_prompt_tokens")
-    return prompt[-keep:]
-
-
-async def encode(served: Served, text: str, special: bool = True) -> list[int]:
-    """Token ids of a text. Raises InputError for text that is none."""
-    if len(text) <= INLINE:
-        return list(served.tokenizer.encode(text, special))
-    return list(await asyncio.to_thread(served.tokenizer.encode, text, special))
 
 
 async def chat_text(request: ChatRequest, config: Config, tools: list[dict[str, Any]] | None) -> str:

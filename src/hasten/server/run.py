@@ -15,13 +15,16 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hasten.errors import InputError
 from hasten.server.app import Context
+from hasten.server.errors import RequestError
 from hasten.server.service import SWITCH_SECONDS, Service
+from hasten.server.streams import encoded
 
 log = logging.getLogger("hasten.server")
 HEADER_BYTES = 32 << 10
@@ -53,6 +56,19 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_came()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP is answered like any other mistake, in one piece, and the connection ends."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is under way: nothing can be said
+            body = encoded(RequestError(msg).document)
+            headers = [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                (b"connection", b"close"),
+            ]
+            events = (h11.Response(status_code=400, headers=headers, reason=b"Bad Request"), h11.Data(data=body))
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in (*events, h11.EndOfMessage())))
+        self.transport.close()
 
     def _idle(self) -> bool:
         """Between two requests, as far as headers go."""

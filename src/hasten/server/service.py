@@ -94,6 +94,23 @@ class Service:
         """Choices that run or wait."""
         return self._active
 
+    @property
+    def places(self) -> int:
+        """Choices that may run or wait at once."""
+        return self.engine.program.limits.max_sequences + self.limits.queue
+
+    def check_room(self, choices: int) -> None:
+        """Raise Unavailable where nothing is taken on any more, Overloaded where there is no room for so many now."""
+        if self.state != "serving":
+            raise Unavailable(f"the server is not taking requests: {self.state}")
+        if self._active + choices > self.places:
+            raise self.overloaded()
+
+    def overloaded(self) -> Overloaded:
+        """The refusal of one more request, counted."""
+        self.stats.refused += 1
+        return Overloaded(self._retry_after())
+
     def submit(self, prompt: list[int], params: SamplingParams, **how: Any) -> Ticket:
         """Take a request on; to be called in a running event loop. `how` is what Engine.add takes besides.
 
@@ -104,11 +121,7 @@ class Service:
         self.engine.check(prompt, params, **checked)
         ticket = Ticket(asyncio.get_running_loop(), params.n, self._cancel)
         with self._changed:
-            if self.state != "serving":
-                raise Unavailable(f"the server is not taking requests: {self.state}")
-            if self._active + params.n > self.engine.program.limits.max_sequences + self.limits.queue:
-                self.stats.refused += 1
-                raise Overloaded(self._retry_after())
+            self.check_room(params.n)
             if not self._active:
                 self._beat = time.monotonic()
             self._active += params.n
@@ -130,12 +143,6 @@ class Service:
         """Take nothing on any more; what runs goes on. Waits for no lock, so that a signal's handler may call it."""
         if self.state == "serving":
             self.state = "draining"
-
-    def drain(self, seconds: float) -> bool:
-        """Take nothing on any more and wait for what is running. True where all of it ended in time."""
-        self.refuse()
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._active, seconds)
 
     def stop(self, seconds: float = 5.0) -> None:
         """End the engine's thread; what is still running fails."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from hasten.server.config import Served
 from hasten.server.protocol import Generation
-from hasten.server.streams import DONE, event
+from hasten.server.streams import DONE, encoded, encoded_apart, event
 from hasten.server.ticket import Delta
 
 Object = dict[str, Any]
@@ -55,7 +55,7 @@ async def events(parts: AsyncIterator[Object], head: Object, usage: Usage, reque
     with_usage = options is not None and bool(options.include_usage)
     blank = {"usage": None} if with_usage else {}
     async for part in parts:
-        yield event({**head, "choices": [part], **blank})
+        yield event(await encoded_apart({**head, "choices": [part], **blank}))
     if with_usage:
-        yield event({**head, "choices": [], "usage": usage.document})
+        yield event(encoded({**head, "choices": [], "usage": usage.document}))
     yield DONE

@@ -17,7 +17,7 @@ from hasten.server.answers import CHAT_COMPLETION, gives
 from hasten.server.app import ERRORS, Context, of, read, takes
 from hasten.server.errors import RequestError, as_request_error, unsupported
 from hasten.server.protocol import ChatRequest
-from hasten.server.streams import EventStream, Json, answer
+from hasten.server.streams import EventStream, Json, answer, encoded_apart
 from hasten.server.ticket import Delta, Ticket
 from hasten.server.tool_choice import Offer
 from hasten.server.usage import Usage, events, head
@@ -49,7 +49,10 @@ async def chat_completions(request: Request) -> Response:
         wanted = tool_choice.grammar(offered, served.template, served.tokenizer)
         params = replace(params, structured_outputs=StructuredOutputsParams(grammar=wanted))
     try:
-        prompt = await prepare.prompt_ids(served, text, body, special=False)
+        prompt = await context.encoder.prompt(text, body, special=False, field="messages")
+        names = ("top_logprobs" if body.top_logprobs else "logprobs", "prompt_logprobs")
+        prepare.check_values([prompt], params, how, context.config, names)
+        context.check_room(1, params.n)
         how |= await context.bounds(params, reasoning.thought(served.template, text))
         ticket = context.service.submit(prompt, params, **how)
     except InputError as error:
@@ -61,7 +64,7 @@ async def chat_completions(request: Request) -> Response:
     run = _Run(context, body, ticket, prompt, [_Choice(prompt[-1], inside, offered) for _ in range(params.n)])
     if body.stream:
         return EventStream(events(run.shown(), run.head, run.usage, body), ticket.cancel)
-    return Json(await answer(request, [ticket], run.document()))
+    return Json(await encoded_apart(await answer(request, [ticket], run.document())))
 
 
 def _sampling(body: ChatRequest, context: Context) -> SamplingParams:

@@ -16,7 +16,7 @@ from hasten.server.answers import COMPLETION, gives
 from hasten.server.app import ERRORS, Context, of, read, takes
 from hasten.server.errors import as_request_error, unsupported
 from hasten.server.protocol import CompletionRequest
-from hasten.server.streams import EventStream, Json, answer, merged
+from hasten.server.streams import EventStream, Json, answer, encoded_apart, merged
 from hasten.server.ticket import Delta, Ticket
 from hasten.server.usage import Usage, events, head
 
@@ -36,7 +36,10 @@ async def completions(request: Request) -> Response:
     context, body = of(request), await read(request, CompletionRequest)
     prepare.check_model(context.config.served, body.model)
     params, how = _sampling(body, context)
-    prompts = await prepare.prompts(body, context.config)
+    prompts = await context.encoder.prompts(body)
+    names = ("logprobs", "logprobs" if body.echo and body.logprobs is not None else "prompt_logprobs")
+    prepare.check_values(prompts, params, how, context.config, names)
+    context.check_room(len(prompts), params.n)
     try:
         how |= await context.bounds(params, prompts=len(prompts))
     except InputError as error:
@@ -51,7 +54,7 @@ async def completions(request: Request) -> Response:
     run = _Run(context, body, params, prompts, tickets)
     if body.stream:
         return EventStream(events(run.parts(), run.head, run.usage, body), lambda: _cancel(tickets))
-    return Json(await answer(request, tickets, run.document()))
+    return Json(await encoded_apart(await answer(request, tickets, run.document())))
 
 
 def _cancel(tickets: list[Ticket]) -> None:

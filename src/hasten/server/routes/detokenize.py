@@ -23,8 +23,11 @@ def register(app: FastAPI) -> None:
 
 async def detokenize(request: Request) -> Response:
     """The text of token ids, special tokens included."""
-    served, body = of(request).config.served, await read(request, DetokenizeRequest)
+    config, body = of(request).config, await read(request, DetokenizeRequest)
+    served, most = config.served, config.limits.prompt_characters
     prepare.check_model(served, body.model)
+    if len(body.tokens) > most:
+        raise RequestError(f"tokens holds {len(body.tokens)}, at most {most} are taken", "tokens")
     wrong = next((t for t in body.tokens if not 0 <= t < served.vocabulary), None)
     if wrong is not None:
         message = f"token id {wrong} is not in the vocabulary of {served.vocabulary} tokens"

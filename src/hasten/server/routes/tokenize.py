@@ -12,7 +12,7 @@ from hasten.server.answers import TOKENS, gives
 from hasten.server.app import ERRORS, of, read, takes
 from hasten.server.errors import unsupported
 from hasten.server.protocol import ChatRequest, TokenizeRequest
-from hasten.server.streams import Json
+from hasten.server.streams import Json, encoded_apart
 
 
 def register(app: FastAPI) -> None:
@@ -21,19 +21,21 @@ def register(app: FastAPI) -> None:
 
 async def tokenize(request: Request) -> Response:
     """Token ids of `prompt` (with the tokens that the tokenizer adds, unless told not to) or of `messages`."""
-    config, body = of(request).config, await read(request, TokenizeRequest)
+    context, body = of(request), await read(request, TokenizeRequest)
+    config = context.config
     prepare.check_model(config.served, body.model)
     if body.messages is not None:
         if body.add_generation_prompt is False:
             raise unsupported("add_generation_prompt", "only true")
         chat = ChatRequest.model_construct(messages=body.messages)
         text, special = await prepare.chat_text(chat, config, None), bool(body.add_special_tokens)
+        field = "messages"
     else:
         assert body.prompt is not None
-        text, special = body.prompt, body.add_special_tokens is not False
-    tokens = await prepare.encode(config.served, text, special)
+        text, special, field = body.prompt, body.add_special_tokens is not False, "prompt"
+    tokens = await context.encoder.encode(text, special, field)
     made = {"count": len(tokens), "max_model_len": config.served.context, "tokens": tokens}
     if body.return_token_strs:
         tokenizer = config.served.tokenizer
         made["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.token(t) for t in tokens])
-    return Json(made)
+    return Json(await encoded_apart(made))
