@@ -290,6 +290,8 @@ def test_numbers_inside_lists_and_objects(server: Server) -> None:
             f'"prompt": "x", "allowed_token_ids": [{value}]',
             f'"prompt": "x", "logit_bias": {{"{value if value.isdigit() else 1}": {value}}}',
         ):
+            if field == '"prompt": ["1"]':  # a list of texts
+                continue
             status = server.send("/v1/completions", f'{{"max_tokens": 2, {field}}}'.encode()).status_code
             assert status == 400 or (status == 200 and value in ("-1", "0.5", str(2**31), str(2**63))), (field, status)
         assert server.send("/detokenize", f'{{"tokens": [{value}]}}'.encode()).status_code == 400
