@@ -230,7 +230,8 @@ def _check_kind(name: str, value: object, kind: tuple[type | tuple[type, ...], s
 
 def _are_tokens(values: object) -> bool:
     return values is None or (
-        isinstance(values, list | tuple) and all(isinstance(t, int) and not isinstance(t, bool) for t in values)
+        isinstance(values, list | tuple)
+        and all(isinstance(t, int) and not isinstance(t, bool) and abs(t) <= _LARGEST for t in values)
     )
 
 
