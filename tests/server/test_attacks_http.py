@@ -127,6 +127,12 @@ def test_every_route_but_health_is_behind_the_key(guarded: Server) -> None:
         assert b'"status":"serving"' in text
 
 
+def test_a_wrong_key_is_told_from_none(guarded: Server) -> None:
+    assert "is needed" in guarded.get("/v1/models").json()["error"]["message"]
+    wrong = guarded.get("/v1/models", Authorization="Bearer wrong")
+    assert (wrong.status_code, wrong.json()["error"]["message"]) == (401, "this API key is not known")
+
+
 def test_no_other_header_is_a_key(guarded: Server) -> None:
     for header in (
         *("X-Api-Key: first-key", "Api-Key: first-key", "Cookie: Authorization=Bearer first-key"),

@@ -67,10 +67,11 @@ class Guard:
             return RequestError(f"this server is not called '{host[:100]}'", "host", status=403, code="unknown_host")
         if path in OPEN_PATHS:
             return None
-        if self._keys and not self._known(headers.getlist("authorization"), page=path == PAGE):
+        shown = headers.getlist("authorization")
+        if self._keys and not self._known(shown, page=path == PAGE):
             challenge = 'Basic realm="hasten", charset="UTF-8"' if path == PAGE else "Bearer"
             return RequestError(
-                "an API key is needed: Authorization: Bearer KEY",
+                "this API key is not known" if shown else "an API key is needed: Authorization: Bearer KEY",
                 status=401,
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": challenge},
