@@ -72,6 +72,17 @@ class Server:
         return self.service.active == 0 and blocks.free == blocks.count
 
 
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def completion(server: Server, **fields: Any) -> httpx.Response:
+    return server.post("/v1/completions", {"prompt": "x", "max_tokens": 2, **fields})
+
+
+def conversation(server: Server, **fields: Any) -> httpx.Response:
+    return server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, **fields})
+
+
 def eventually(true: Callable[[], object], seconds: float = 10) -> None:
     end = time.monotonic() + seconds
     while not true():

@@ -16,13 +16,12 @@ from typing import Any
 
 import httpx
 import pytest
-from server.serving import Server, eventually, serve
+from server.serving import MESSAGES, Server, completion, conversation, eventually, serve
 
 from hasten import LLM
 from hasten.checkpoint import chat
 from hasten.server.protocol import ChatRequest, CompletionRequest
 
-USER = [{"role": "user", "content": "hello"}]
 LONG = {"prompt": "def read", "max_tokens": 300, "ignore_eos": True, "seed": 5}
 
 
@@ -32,14 +31,6 @@ def server(llm: LLM) -> Iterator[Server]:
         yield running
         eventually(running.idle)
         assert running.service.stats.faults == 0
-
-
-def completion(server: Server, **fields: Any) -> httpx.Response:
-    return server.post("/v1/completions", {"prompt": "x", "max_tokens": 2, **fields})
-
-
-def conversation(server: Server, **fields: Any) -> httpx.Response:
-    return server.post("/v1/chat/completions", {"messages": USER, "max_tokens": 2, **fields})
 
 
 @contextmanager
@@ -88,7 +79,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc s
 def test_unbounded_n_and_best_of(server: Server) -> None:
     before = resident()
     for fields in ({"n": 17}, {"n": 10**9}, {"n": 2**63}, {"best_of": 10**9}, {"n": 16, "best_of": 10**9}):
-        for ask in (completion, conversation):
+        for ask in (completion, chat):
             assert ask(server, **fields).status_code == 400, fields
     many = {"prompt": ["x"] * 128, "n": 16, "max_tokens": 400}  # each within its bound, the product beyond the queue
     assert server.post("/v1/completions", many).status_code == 400
@@ -270,7 +261,7 @@ def numeric(model: Any) -> list[str]:
 def test_negative_and_overflowing_numbers(server: Server, path: str, model: Any) -> None:
     names = numeric(model)
     assert {"temperature", "top_k", "n", "seed", "max_tokens", "priority", "prompt_logprobs"} <= set(names)
-    start = {"prompt": "x"} if model is CompletionRequest else {"messages": USER}
+    start = {"prompt": "x"} if model is CompletionRequest else {"messages": MESSAGES}
     for name in names:
         fields = json.dumps({**start, **({} if name in ("max_tokens", "max_completion_tokens") else {"max_tokens": 2})})
         for value in (*NO_JSON, *NO_NUMBER, *EXTREME):

@@ -84,7 +84,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"\n\n")
     os.mkfifo(tmp_path / "pipe")
     for name, said in (
-        ("none", "does not exist"),
+        ("none", "is missing"),
         ("empty", "holds no request"),
         ("pipe", "not a regular file"),
         (".", "not a regular file"),

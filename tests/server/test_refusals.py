@@ -11,12 +11,10 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server.serving import Server, eventually, serve
+from server.serving import MESSAGES, Server, completion, conversation, eventually, serve
 
 from hasten import LLM
 from hasten.server.config import HttpLimits
-
-MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +24,6 @@ def server(llm: LLM) -> Iterator[Server]:
         yield running
         eventually(running.idle)
         assert running.service.stats.faults == 0
-
-
-def completion(server: Server, **fields: Any) -> httpx.Response:
-    return server.post("/v1/completions", {"prompt": "x", "max_tokens": 2, **fields})
-
-
-def chat(server: Server, **fields: Any) -> httpx.Response:
-    return server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, **fields})
 
 
 def refused(answer: httpx.Response, param: str | None, words: str = "", status: int = 400) -> None:
@@ -124,7 +114,7 @@ BOTH = [
 ]
 
 
-@pytest.mark.parametrize("ask", [completion, chat])
+@pytest.mark.parametrize("ask", [completion, conversation])
 @pytest.mark.parametrize(("fields", "param"), BOTH)
 def test_wrong_values(server: Server, ask: Any, fields: dict[str, Any], param: str | None) -> None:
     if fields.get("temperature") == 1e400:
@@ -201,13 +191,13 @@ def test_wrong_completions(server: Server, fields: dict[str, Any], param: str | 
     ],
 )
 def test_wrong_chats(server: Server, fields: dict[str, Any], param: str, words: str) -> None:
-    refused(chat(server, **fields), param, words)
+    refused(conversation(server, **fields), param, words)
 
 
 def test_nulls_are_as_nothing(server: Server) -> None:
     from hasten.server.protocol import ChatRequest, CompletionRequest
 
-    for model, ask, needed in ((CompletionRequest, completion, {"prompt"}), (ChatRequest, chat, {"messages"})):
+    for model, ask, needed in ((CompletionRequest, completion, {"prompt"}), (ChatRequest, conversation, {"messages"})):
         fields = dict.fromkeys(set(model.model_fields) - needed)
         assert ask(server, **fields).status_code == 200
 
@@ -248,9 +238,9 @@ def test_a_hundred_thousand_unknown_fields_cost_one_error(server: Server) -> Non
     started = time.monotonic()
     refused(server.post("/v1/completions", {f"f{i}": 0 for i in range(12_000)}), "f0", "unknown field")
     many = [{"role": "user", "content": "x", **{f"f{i}": 0 for i in range(12_000)}}]
-    refused(chat(server, messages=many), "messages[0].f0", "unknown field")
+    refused(conversation(server, messages=many), "messages[0].f0", "unknown field")
     refused(completion(server, stop_token_ids=["x"] * 30_000), "stop_token_ids[0]")
-    refused(chat(server, messages=[3] * 50_000), "messages[0]")
+    refused(conversation(server, messages=[3] * 50_000), "messages[0]")
     assert time.monotonic() - started < 5
 
 
@@ -285,5 +275,5 @@ def test_no_value_of_any_field_is_a_500(server: Server, data: st.DataObject) -> 
     kind = data.draw(st.sampled_from([CompletionRequest, ChatRequest]))
     names = sorted(set(kind.model_fields) - {"stream", "max_tokens"})
     fields = {n: data.draw(json_values) for n in data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2))}
-    answer = (completion if kind is CompletionRequest else chat)(server, **fields)
+    answer = (completion if kind is CompletionRequest else conversation)(server, **fields)
     assert answer.status_code in (200, 400, 404), answer.text

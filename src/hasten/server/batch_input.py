@@ -8,8 +8,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hasten.errors import InputError
+from hasten.checkpoint.files import regular_size
+from hasten.errors import CheckpointError, InputError
+from hasten.server.protocol import no_constant
 
 Report = Callable[[str, int, int], None]
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -117,7 +117,7 @@ class Requests:
 
     def _parsed(self, raw: bytes, index: int, number: int, offset: int) -> Line:
         try:
-            made = json.loads(raw.removeprefix(codecs.BOM_UTF8).decode(), parse_constant=_no_constant)
+            made = json.loads(raw.removeprefix(codecs.BOM_UTF8).decode(), parse_constant=no_constant)
         except UnicodeDecodeError as error:
             raise self._wrong(number, f"is not UTF-8 text (byte {error.start + 1})") from None
         except RecursionError:
@@ -176,14 +176,9 @@ def digest(custom_id: str) -> bytes:
 
 def _size(path: Path) -> int:
     try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is not a regular file", "a batch is read twice: put it into a file")
-    return status.st_size
+        return regular_size(path)
+    except CheckpointError as error:
+        raise InputError(error.message, "a batch is read twice, from a file") from None
 
 
 def _open(path: Path) -> Any:
@@ -191,10 +186,6 @@ def _open(path: Path) -> Any:
         return open(path, "rb")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that JSON has")
 
 
 def _depth(value: object) -> int:

@@ -251,7 +251,7 @@ Body = TypeVar("Body", bound=Strict)
 def parse(raw: bytes, model: type[Body]) -> Body:
     """A request's body as `model`. Raises RequestError, naming the field that is wrong."""
     try:
-        document = json.loads(raw, parse_constant=_no_constant)
+        document = json.loads(raw, parse_constant=no_constant)
         if b"\\ud" in raw or b"\\uD" in raw:
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -268,7 +268,8 @@ def parse(raw: bytes, model: type[Body]) -> Body:
         raise _first_error(error) from None
 
 
-def _no_constant(name: str) -> None:
+def no_constant(name: str) -> None:
+    """For json.loads: raise ValueError for NaN and the infinities, which are no JSON."""
     raise ValueError(f"{name} is not a number that JSON has")
 
 

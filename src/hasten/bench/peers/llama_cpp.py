@@ -114,7 +114,7 @@ def serve(job: Job, prepared: Prepared, workload: Workload, choice: dict[str, An
     """A slot a client, each with room for its longest request. Raises PeerError where the server was not built."""
     program = _tools(job.home) / SERVER
     if not program.exists():
-        raise PeerError(f"llama-server could not be built (see {job.home.log})")
+        raise PeerError(f"llama-server is not built (see {job.home.log}); without {job.home.ready} it is tried again")
     given = {
         "model": prepared.settings["path"],
         "port": "{port}",
