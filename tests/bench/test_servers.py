@@ -28,7 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply("application/json", json.dumps({"data": [{"id": "m"}]}).encode())
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        print(json.dumps(asked["prompt"]), flush=True)
+        sys.stdout.write(json.dumps(asked["prompt"]) + "\\n")  # one write: threads print at once
+        sys.stdout.flush()
         if len(sys.argv) > 2 and sys.argv[2] == "refuses":
             self.send_error(500)
             return

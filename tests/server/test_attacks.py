@@ -79,7 +79,7 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc s
 def test_unbounded_n_and_best_of(server: Server) -> None:
     before = resident()
     for fields in ({"n": 17}, {"n": 10**9}, {"n": 2**63}, {"best_of": 10**9}, {"n": 16, "best_of": 10**9}):
-        for ask in (completion, chat):
+        for ask in (completion, conversation):
             assert ask(server, **fields).status_code == 400, fields
     many = {"prompt": ["x"] * 128, "n": 16, "max_tokens": 400}  # each within its bound, the product beyond the queue
     assert server.post("/v1/completions", many).status_code == 400
