@@ -88,6 +88,10 @@ class Model:
         """A weight of the graph as float32 [out, in] or [n]."""
         return self._store.tensor(self.graph.weights[name])
 
+    def weight(self, name: str) -> Weight | Float32:
+        """One weight as kernels read it; see `weights`."""
+        return self._store.weight(self.graph.weights[name])
+
     def weights(self, progress: Progress | None = None) -> dict[str, Weight | Float32]:
         """Every weight as kernels read it: matrices packed (an artifact's as they lie on disk), vectors float32.
 
