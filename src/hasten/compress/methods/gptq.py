@@ -20,6 +20,8 @@ from hasten.formats import Format, Weight
 from hasten.formats.codebook import Codebook
 
 NEEDS = "hessian"
+AGAIN = 2
+"""Sweeps after the first, each with scales refitted to the codes of the best so far."""
 MOST_GROUPS = 256
 """Rows of more groups keep the scales that were searched: solving for theirs would take too long."""
 
@@ -57,14 +59,13 @@ def quantised(
     if scales.shape[1] > MOST_GROUPS:
         return made, scales
     best, least = (made, scales), loss(made - values, hessian)
-    refitted = refit(values, made, scales, group, hessian)
-    for _ in range(2):
-        found = (made := swept(refitted), refitted)
+    for _ in range(AGAIN):
+        refitted = refit(values, *best, group, hessian)
+        made = swept(refitted)
         error = loss(made - values, hessian)
         better = (error < least)[:, None]
-        best = (np.where(better, found[0], best[0]), np.where(better, found[1], best[1]))
+        best = (np.where(better, made, best[0]), np.where(better, refitted, best[1]))
         least = np.minimum(error, least)
-        refitted = refit(values, *best, group, hessian)
     return best
 
 
