@@ -20,6 +20,7 @@ from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
 from hasten.graph.ops import Norm
+from hasten.graph.structure import Structure, parse, restructured
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,6 +52,8 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     """hasten.json, or {}."""
     store: Store | None = None
+    structure: Structure = field(default_factory=Structure)
+    """How `graph` departs from what `config` builds."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -104,7 +107,7 @@ class Model:
 
     def at_context(self, context: int) -> Model:
         """This model built for sequences up to `context`, on which rope may depend. Raises ContextError."""
-        return replace(self, graph=models.build(self.config, context))
+        return replace(self, graph=restructured(models.build(self.config, context), self.structure))
 
 
 def open(source: str, weights: bool = True) -> Model:
@@ -123,10 +126,12 @@ def open(source: str, weights: bool = True) -> Model:
     dtype = {"float16": "f16", "bfloat16": "bf16"}.get(stated, "f32")
     common: dict[str, Any] = {"source": source, "path": directory, "config": config, "generation": generation}
     if not weights:
-        return Model(**common, graph=graph, kind="config", dtype=dtype)
+        structure = parse(read_optional_object(directory / FACTS).get("structure", {}))
+        return Model(**common, graph=restructured(graph, structure), kind="config", dtype=dtype, structure=structure)
     if (path / FACTS).exists():
         artifact = Artifact(path, graph)
-        return Model(**common, graph=graph, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
+        common |= {"graph": artifact.graph, "structure": artifact.structure}
+        return Model(**common, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
     tensors = Tensors(path, config, graph)
     return Model(**common, graph=graph, kind="huggingface", dtype=tensors.dtype, store=tensors)
 
