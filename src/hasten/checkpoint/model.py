@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from hasten.checkpoint import demo, hub
 from hasten.checkpoint.artifact import FACTS, Artifact
 from hasten.checkpoint.files import read_object, read_optional_object
 from hasten.checkpoint.huggingface import Tensors
+from hasten.checkpoint.overlay import Overlay
 from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
@@ -26,7 +27,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where weights come from: huggingface.Tensors or artifact.Artifact."""
+    """Where weights come from: huggingface.Tensors, artifact.Artifact or overlay.Overlay."""
 
     dtype: str
     bytes_on_disk: int
@@ -91,6 +92,10 @@ class Model:
         """A weight of the graph as float32 [out, in] or [n]."""
         return self._store.tensor(self.graph.weights[name])
 
+    def weight(self, name: str) -> Weight | Float32:
+        """One weight as kernels read it; see `weights`."""
+        return self._store.weight(self.graph.weights[name])
+
     def weights(self, progress: Progress | None = None) -> dict[str, Weight | Float32]:
         """Every weight as kernels read it: matrices packed (an artifact's as they lie on disk), vectors float32.
 
@@ -108,6 +113,12 @@ class Model:
     def at_context(self, context: int) -> Model:
         """This model built for sequences up to `context`, on which rope may depend. Raises ContextError."""
         return replace(self, graph=restructured(models.build(self.config, context), self.structure))
+
+    def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
+        """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
+        whole = self.structure.then(later, models.build(self.config, self.graph.context))
+        store = Overlay(self._store, new)
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
 
 
 def open(source: str, weights: bool = True) -> Model:
