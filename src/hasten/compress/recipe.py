@@ -3,7 +3,7 @@
     tensors:
       - match: "*.mlp.*"          # a glob over tensor names; the first rule that matches wins
         format: int4-g64          # or "original": leave it as it is
-        method: clip              # optional: the format's best method otherwise
+        method: clip              # optional: the format's best method otherwise (gptq, where it can)
       - match: "*"
         format: int8-g64
 
@@ -59,12 +59,23 @@ class Recipe:
     structure: StructureRecipe | None = None
 
     def assign(self, names: Sequence[str]) -> dict[str, Choice]:
-        """Tensor name -> choice, by the first rule that matches. Raises InputError for a rule that matches nothing."""
+        """Tensor name -> choice, by the first rule that matches.
+
+        Raises InputError for a rule that matches nothing, or nothing that earlier rules have left.
+        """
+        left = set(names)
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
                 near = difflib.get_close_matches(rule.match, names, 1, 0.0)
                 hint = f"a tensor is called '{near[0]}'; * stands for any characters" if near else None
                 raise InputError(f"the recipe's pattern '{rule.match}' matches no matrix of this model", hint)
+            mine = {name for name in left if fnmatchcase(name, rule.match)}
+            if not mine:
+                raise InputError(
+                    f"the recipe's pattern '{rule.match}' comes too late: earlier rules take all that it matches",
+                    "the first rule that matches wins; put the narrower pattern first",
+                )
+            left -= mine
         return {name: next((r.choice for r in self.rules if fnmatchcase(name, r.match)), KEEP) for name in names}
 
 

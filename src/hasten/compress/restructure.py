@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from hasten import formats
-from hasten.backends.batch import Int32, Limits, Outputs
+from hasten.backends.batch import Int32, Limits
 from hasten.checkpoint import Model
-from hasten.compress import calibrate
-from hasten.compress.calibrate import Hidden, Report, Weights
-from hasten.compress.recipe import Choice
+from hasten.compress import calibrate, stream
+from hasten.compress.calibrate import Report, Weights
+from hasten.compress.recipe import KEEP, Choice
+from hasten.compress.statistics import Statistics
+from hasten.compress.stream import Task
 from hasten.compress.structure_recipe import Factoring, Plan
 from hasten.compress.structures import Change, Float32, Float64, Hessians, Read, blocks, channels, heads, svd
-from hasten.errors import CheckpointError, FormatError, InputError
+from hasten.errors import FormatError, InputError
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
-from hasten.graph.ops import Linear
 from hasten.graph.sites import attention_site, feed_forward_site
 from hasten.graph.structure import LowRank, Structure, restructured
 
@@ -46,8 +48,31 @@ class Run:
     def limits(self) -> Limits:
         return calibrate.limits_for(self.windows, self.kv_format, self.threads)
 
+    def task(self, model: Model, choices: Mapping[str, Choice]) -> Task:
+        """The packing of what `model` has; a matrix that `choices` does not name stays as it is."""
+        own = {m.name: choices.get(m.name, KEEP) for m in model.graph.matrices()}
+        return Task(model, own, self.windows, self.kv_format, self.threads)
 
-def check(plan: Plan, choices: Mapping[str, Choice]) -> None:
+
+def compress(
+    model: Model, plan: Plan | None, choices: Mapping[str, Choice], run: Run, folder: Path
+) -> tuple[Model, dict[str, Weight | Float32]]:
+    """The model as `plan` changes it, and all its weights, packed as `choices` say. `folder`: see stream.compress.
+
+    Raises InputError for a plan that `choices` make meaningless, and what apply, correct and stream.compress raise.
+    """
+    if plan:
+        _check(plan, choices)
+        model = apply(model, plan, run)
+    weights = stream.compress(run.task(model, choices), folder, run.report)
+    if plan and plan.corrected:
+        model = correct(model, weights, plan, run)
+        new = {name: choice for name, choice in choices.items() if name not in weights}
+        weights = stream.compress(run.task(model, new), folder / "corrections", run.report)
+    return model, weights
+
+
+def _check(plan: Plan, choices: Mapping[str, Choice]) -> None:
     """Raise InputError for a correction beside a matrix that stays as it is."""
     for name in plan.corrected:
         if choices[name].is_original:
@@ -121,8 +146,11 @@ def walk(model: Model, steps: Sequence[Step], run: Run) -> Model:
             found = step(section, index)
             if found is None:
                 continue
-            hessians = moments(section, own, run.windows, hidden, limits, found[0])
-            structure, values = found[1](section, partial(_read, own), hessians)
+            seen = Statistics(tokens=sum(len(w) for w in run.windows))
+            through = section if section.blocks else calibrate.head_input(graph)
+            readers = calibrate.linear_inputs(section)
+            calibrate.gather(through, own, run.windows, hidden, limits, seen, found[0], readers)
+            structure, values = found[1](section, partial(_read, own), _hessians(seen, found[0]))
             made = {name: _packed(name, v, model.dtype) for name, v in values.items()}
             new, own = new | made, own | made
             section = restructured(section, structure)
@@ -133,6 +161,11 @@ def walk(model: Model, steps: Sequence[Step], run: Run) -> Model:
     if run.report:
         run.report("restructuring", total, total)
     return model.departing(whole, new)
+
+
+def _hessians(seen: Statistics, names: Sequence[str]) -> dict[str, Float64]:
+    inputs = {name: seen.inputs(name) for name in names}
+    return {n: i.hessian.astype(np.float64) for n, i in inputs.items() if i is not None and i.hessian is not None}
 
 
 def _read(own: Weights, name: str) -> Float32:
@@ -147,30 +180,6 @@ def _packed(name: str, values: Float32, dtype: str) -> Weight | Float32:
         return formats.get(dtype).pack(values)
     except FormatError as error:
         raise FormatError(f"{name}: {error.message}", error.hint) from None
-
-
-def moments(
-    section: Graph, weights: Weights, windows: Sequence[Int32], hidden: Hidden, limits: Limits, names: Sequence[str]
-) -> dict[str, Float64]:
-    """Weight -> mean of x xᵀ [in, in] over the inputs of the linear that multiplies by it; shared where inputs are.
-
-    Raises CheckpointError where what flows is not finite.
-    """
-    sites = {node.weights[0]: node.inputs[0] for node in section.nodes if isinstance(node.op, Linear)}
-    sums: dict[str, Float64] = {}
-
-    def add(outputs: Outputs) -> None:
-        for value in dict.fromkeys(sites[name] for name in names):
-            x = outputs.value(value)  # [tokens, in]
-            sums[value] = sums.get(value, 0.0) + (x.T @ x).astype(np.float64)
-
-    calibrate.run(section, weights, windows, hidden, limits, tuple(sites[name] for name in names), add)
-    tokens = sum(len(w) for w in windows)
-    for name in names:
-        if not np.isfinite(sums[sites[name]]).all():
-            raise CheckpointError(f"what flows into '{name}' holds a NaN or an infinity", "the weights may be damaged")
-    means = {value: total / tokens for value, total in sums.items()}
-    return {name: means[sites[name]] for name in names}
 
 
 def _heads(kept: Mapping[int, heads.Kept], section: Graph, index: int) -> tuple[Sequence[str], Apply] | None:

@@ -14,7 +14,8 @@ import numpy as np
 from hasten.backends import feed, native
 from hasten.backends.batch import Int32, Limits
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Hidden, Report, Weights
+from hasten.compress.calibrate import Report, Weights
+from hasten.compress.statistics import Hidden
 from hasten.compress.structures import Change, Float64, Hessians, Read
 from hasten.errors import InputError
 from hasten.graph.graph import Graph
