@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,19 @@ from hasten.checkpoint import demo, hub
 from hasten.checkpoint.artifact import FACTS, Artifact
 from hasten.checkpoint.files import read_object, read_optional_object
 from hasten.checkpoint.huggingface import Tensors
+from hasten.checkpoint.overlay import Overlay
 from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
 from hasten.graph.ops import Norm
+from hasten.graph.structure import Structure, parse, restructured
 
 Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where weights come from: huggingface.Tensors or artifact.Artifact."""
+    """Where weights come from: huggingface.Tensors, artifact.Artifact or overlay.Overlay."""
 
     dtype: str
     bytes_on_disk: int
@@ -51,6 +53,8 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     """hasten.json, or {}."""
     store: Store | None = None
+    structure: Structure = field(default_factory=Structure)
+    """How `graph` departs from what `config` builds."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,7 +112,13 @@ class Model:
 
     def at_context(self, context: int) -> Model:
         """This model built for sequences up to `context`, on which rope may depend. Raises ContextError."""
-        return replace(self, graph=models.build(self.config, context))
+        return replace(self, graph=restructured(models.build(self.config, context), self.structure))
+
+    def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
+        """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
+        whole = self.structure.then(later, models.build(self.config, self.graph.context))
+        store = Overlay(self._store, new)
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
 
 
 def open(source: str, weights: bool = True) -> Model:
@@ -127,10 +137,12 @@ def open(source: str, weights: bool = True) -> Model:
     dtype = {"float16": "f16", "bfloat16": "bf16"}.get(stated, "f32")
     common: dict[str, Any] = {"source": source, "path": directory, "config": config, "generation": generation}
     if not weights:
-        return Model(**common, graph=graph, kind="config", dtype=dtype)
+        structure = parse(read_optional_object(directory / FACTS).get("structure", {}))
+        return Model(**common, graph=restructured(graph, structure), kind="config", dtype=dtype, structure=structure)
     if (path / FACTS).exists():
         artifact = Artifact(path, graph)
-        return Model(**common, graph=graph, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
+        common |= {"graph": artifact.graph, "structure": artifact.structure}
+        return Model(**common, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
     tensors = Tensors(path, config, graph)
     return Model(**common, graph=graph, kind="huggingface", dtype=tensors.dtype, store=tensors)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hasten.checkpoint import Model
     from hasten.compress.recipe import Choice
     from hasten.compress.stream import Task
+    from hasten.compress.structure_recipe import Plan
     from hasten.engine.memory import Prediction
 
 HELP = "pack a model's matrices as a recipe says"
@@ -37,7 +38,7 @@ class Options:
 
 def run(options: Options) -> int:
     from hasten import checkpoint
-    from hasten.compress import recipe, stream
+    from hasten.compress import recipe, restructure
     from hasten.engine import memory
     from hasten.engine.llm import DEFAULT_CONTEXT
     from hasten.search import document
@@ -46,36 +47,39 @@ def run(options: Options) -> int:
     checkpoint.check_output(options.output)
     model = checkpoint.open(options.model)
     model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it
-    choices = wanted.assign([m.name for m in model.graph.matrices()])
-    kv_format = memory.kv_format(model.formats.values())
-    task = stream.Task(model, choices, windows(options, model, choices), kv_format, options.threads)
-    memory.require(predict(task), memory.memory()[1])
+    plan = wanted.structure.plan(model.graph, model.structure) if wanted.structure else None
+    choices = wanted.assign(plan.names if plan else [m.name for m in model.graph.matrices()])
+    text = windows(options, model, choices, plan is not None and plan.calibrated)
+    how = restructure.Run(text, memory.kv_format(model.formats.values()), options.threads)
+    memory.require(predict(how.task(model, choices), plan), memory.memory()[1])
+    facts = {**document.recipe(choices), **({"structure": wanted.structure.document} if wanted.structure else {})}
+    before = model.bytes_on_disk
     work = options.output.absolute().with_name(options.output.absolute().name + ".work")
     try:
         with reporter() as report:
-            weights = stream.compress(task, work, report)
-            written = checkpoint.write_artifact(options.output, model, weights, document.recipe(choices), {})
+            model, weights = restructure.compress(model, plan, choices, replace(how, report=report), work)
+            written = checkpoint.write_artifact(options.output, model, weights, facts, {})
     except KeyboardInterrupt:
         print("note: the same command, given again, continues from here", file=sys.stderr)
         raise
-    formats = {name: weights[name].format.name for name in choices}  # type: ignore[union-attr]
+    formats = {m.name: weights[m.name].format.name for m in model.graph.matrices()}  # type: ignore[union-attr]
     del weights
     shutil.rmtree(work, ignore_errors=True)
-    before, after = model.bytes_on_disk, sum(f.stat().st_size for f in written.iterdir())
+    after = sum(f.stat().st_size for f in written.iterdir())
     if options.json:
-        facts = {"output": str(options.output), "bytes_before": before, "bytes_after": after, "formats": formats}
-        print(json_module.dumps(facts, indent=1))
+        shown = {"output": str(options.output), "bytes_before": before, "bytes_after": after, "formats": formats}
+        print(json_module.dumps(shown, indent=1))
     else:
         print(f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB\nartifact: {options.output}")
     return 0
 
 
-def windows(options: Options, model: Model, choices: Mapping[str, Choice]) -> list[Int32]:
-    """What to calibrate on: nothing where no method asks for it."""
+def windows(options: Options, model: Model, choices: Mapping[str, Choice], always: bool) -> list[Int32]:
+    """What to calibrate on: nothing where no method asks for it, unless it is needed `always`."""
     from hasten.compress.run import needs
     from hasten.search import texts
 
-    if not set(needs(choices).values()) - {"nothing"}:
+    if not (always or set(needs(choices).values()) - {"nothing"}):
         return []
     found, source = texts.calibration_windows(
         model.tokenizer, model.graph.context, options.calibration, options.calibration_tokens
@@ -85,10 +89,13 @@ def windows(options: Options, model: Model, choices: Mapping[str, Choice]) -> li
     return found
 
 
-def predict(task: Task) -> Prediction:
-    """What `compress` takes: a block as it is and packed, the hidden states before and after it, and its statistics."""
+def predict(task: Task, plan: Plan | None = None) -> Prediction:
+    """What `compress` takes: a block as it is and packed, the hidden states before and after it, and its statistics.
+
+    With a plan all matrices that are new are held, too, and what goes into them.
+    """
     from hasten import formats
-    from hasten.compress import calibrate, stream
+    from hasten.compress import calibrate, restructure, stream
     from hasten.compress.run import needs
     from hasten.compress.statistics import ROWS
     from hasten.engine import memory
@@ -117,6 +124,9 @@ def predict(task: Task) -> Prediction:
         gathered = sum(12 * w * w + 8 * rows * w for w in second)
         made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
         weights, working = max(weights, own), max(working, gathered, made)
+    if plan:
+        weights += restructure.new_bytes(task.model, plan)
+        working = max(working, restructure.working(task.model, plan))
     if not task.windows:
         return memory.Prediction(weights, 0, working)
     tokens = sum(len(w) for w in task.windows)

@@ -7,7 +7,8 @@
       - match: "*"
         format: int8-g64
 
-Matrices that no rule matches stay as they are.
+Matrices that no rule matches stay as they are. Another key, `structure`, changes the model's shape
+(structure_recipe.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 import yaml
 
 from hasten import formats
-from hasten.compress import methods
+from hasten.compress import methods, structure_recipe
+from hasten.compress.structure_recipe import StructureRecipe
 from hasten.errors import FormatError, InputError
 
 ORIGINAL = "original"
@@ -54,6 +56,7 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     rules: tuple[Rule, ...]
+    structure: StructureRecipe | None = None
 
     def assign(self, names: Sequence[str]) -> dict[str, Choice]:
         """Tensor name -> choice, by the first rule that matches.
@@ -98,15 +101,18 @@ def parse(text: str) -> Recipe:
         raise InputError(f"this is not YAML: {' '.join(str(error).split())}", EXAMPLE) from None
     except RecursionError:
         raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
-    if not isinstance(document, dict) or "tensors" not in document:
-        raise InputError("a recipe is a mapping with the key 'tensors'", EXAMPLE)
-    unknown = [key for key in document if key != "tensors"]
+    if not isinstance(document, dict) or not ("tensors" in document or "structure" in document):
+        raise InputError("a recipe is a mapping with the key 'tensors', or 'structure', or both", EXAMPLE)
+    unknown = [key for key in document if key not in ("tensors", "structure")]
     if unknown:
-        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "it has one key: tensors")
+        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors and structure")
+    structure = structure_recipe.parse(document["structure"]) if "structure" in document else None
+    if "tensors" not in document:
+        return Recipe((), structure)
     rules = document["tensors"]
     if not isinstance(rules, list) or not rules:
         raise InputError("'tensors' must be a list of rules, at least one", EXAMPLE)
-    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)))
+    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure)
 
 
 def _rule(rule: Any, number: int) -> Rule:

@@ -55,6 +55,7 @@ class Task:
         return {
             "version": VERSION,
             "model": files.fingerprint(self.model.path),
+            "structure": self.model.structure.json(),
             "context": self.model.graph.context,
             "choices": {name: list(asdict(c).values()) for name, c in self.choices.items()},
             "windows": hashlib.sha256(b"".join(w.tobytes() + b"|" for w in self.windows)).hexdigest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from hasten.errors import ConfigError
@@ -119,16 +120,7 @@ class Graph:
 
     def _cut(self, blocks: tuple[Block, ...], start: int, stop: int, entry: str, output: str) -> Graph:
         """nodes[start:stop] behind an Input called `entry`. Cache slots are counted anew from 0."""
-        slots: dict[int, int] = {}
-        nodes = [Node(Input(self.widths()[entry]), entry, (), (entry,))]
-        for node in self.nodes[start:stop]:
-            op = node.op
-            if isinstance(op, Attention):
-                op = replace(op, layer=slots.setdefault(op.layer, len(slots)))
-            elif isinstance(op, FusedAttention):
-                slot = slots.setdefault(op.attention.layer, len(slots))
-                op = replace(op, attention=replace(op.attention, layer=slot))
-            nodes.append(replace(node, op=op))
+        nodes = [Node(Input(self.widths()[entry]), entry, (), (entry,)), *with_own_slots(self.nodes[start:stop])]
         used = dict.fromkeys(w for n in nodes for w in n.weights)
         return replace(
             self,
@@ -137,6 +129,21 @@ class Graph:
             output=output,
             blocks=tuple(replace(b, start=b.start - start + 1, stop=b.stop - start + 1) for b in blocks),
         )
+
+
+def with_own_slots(nodes: Iterable[Node]) -> list[Node]:
+    """The nodes with the cache's slots counted anew from 0, in the order in which attentions use them."""
+    slots: dict[int, int] = {}
+    counted = []
+    for node in nodes:
+        op = node.op
+        if isinstance(op, Attention):
+            op = replace(op, layer=slots.setdefault(op.layer, len(slots)))
+        elif isinstance(op, FusedAttention):
+            slot = slots.setdefault(op.attention.layer, len(slots))
+            op = replace(op, attention=replace(op.attention, layer=slot))
+        counted.append(replace(node, op=op))
+    return counted
 
 
 class GraphBuilder:

@@ -54,6 +54,8 @@ def write_gguf(
     """
     if kind not in KINDS:
         raise CheckpointError(f"there is no GGUF type '{kind}' here", f"one of: {', '.join(KINDS)}")
+    if model.structure:
+        raise CheckpointError(f"{model.source} departs from its config.json, which cannot be written as GGUF")
     metadata = describe(model, KINDS[kind])
     tensors = _tensors(model, KINDS[kind])
     container.write(Path(path), metadata, tensors, progress)
