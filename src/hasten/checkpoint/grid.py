@@ -13,6 +13,7 @@ import numpy.typing as npt
 from hasten import formats
 from hasten.errors import CheckpointError, FormatError
 from hasten.formats.base import Float32, Weight
+from hasten.formats.integer import Grouped
 
 Int16 = npt.NDArray[np.int16]
 GROUPS = (128, 64, 32)
@@ -45,9 +46,7 @@ class Grid:
             if self.group_of.shape != (columns,) or self.group_of.min() < 0 or self.group_of.max() >= groups:
                 raise CheckpointError(f"{self.name}: columns belong to groups that do not exist")
         if self.scales.shape != (rows, groups):
-            raise CheckpointError(
-                f"{self.name}: scales are {list(self.scales.shape)}, must be [{rows}, {groups}] for groups of {self.group}"
-            )
+            raise CheckpointError(f"{self.name}: scales are {list(self.scales.shape)}, must be [{rows}, {groups}]")
         if not bool(np.isfinite(self.scales).all()):
             raise CheckpointError(f"{self.name}: a scale is NaN or infinite", "the checkpoint is damaged")
 
@@ -144,3 +143,16 @@ class Grid:
             bits = int(self.format[len("codebook")])
             parameters["codebook"] = np.arange(self._range[0], self._range[0] + (1 << bits))
         return chosen.pack(self.values(), scales=scales, **parameters)
+
+
+def levels_of(weight: Weight) -> tuple[npt.NDArray[np.int8], Float32]:
+    """The other way: a packed matrix as int8 levels [rows, columns] and float32 scales [rows, groups], exactly.
+
+    Only for formats with group scales.
+    """
+    assert isinstance(weight.format, Grouped), weight.format.name
+    scales = weight.format.scales(weight)
+    divisor = np.repeat(np.where(scales == 0, np.float32(1), scales), weight.format.group, axis=1)
+    levels = weight.dense()
+    levels /= divisor[:, : weight.shape[1]]
+    return np.rint(levels).astype(np.int8), scales

@@ -124,7 +124,9 @@ def _k_scales(blocks: UInt8) -> tuple[Float32, Float32]:
     """Q4_K's and Q5_K's: d, dmin, then 8 scales and 8 minima of 6 bits in 12 bytes -> both [n, 8], as float32."""
     first, second, third = (blocks[:, at : at + 4] for at in (4, 8, 12))
     scales = np.concatenate((first & np.uint8(63), third & np.uint8(15) | first >> np.uint8(6) << np.uint8(4)), axis=1)
-    minima = np.concatenate((second & np.uint8(63), third >> np.uint8(4) | second >> np.uint8(6) << np.uint8(4)), axis=1)
+    minima = np.concatenate(
+        (second & np.uint8(63), third >> np.uint8(4) | second >> np.uint8(6) << np.uint8(4)), axis=1
+    )
     return half(blocks, 0) * scales.astype(np.float32), half(blocks, 2) * minima.astype(np.float32)
 
 

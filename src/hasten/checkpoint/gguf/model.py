@@ -98,7 +98,9 @@ class Container:
 
             scales = self._decoded(spec, lambda blocks: half(blocks, 0), np.float32, 1)
             where = f"{self.path}: tensor '{name}'"
-            self._grids[name] = Grid(where, (rows, columns), levels, kind.low, kind.high, scales, kind.block, kind.dense)
+            self._grids[name] = Grid(
+                where, (rows, columns), levels, kind.low, kind.high, scales, kind.block, kind.dense
+            )
         return self._grids[name]
 
     def _decoded(self, spec: WeightSpec, decode: Any, dtype: Any, width: int | None = None) -> Any:
@@ -147,7 +149,9 @@ class Container:
             grid, kind = self._grid(spec), self._file.tensors[tensor_name(spec.name)].type
             if (kind.block > 1 and grid is None) or (grid is not None and not grid.is_exact):
                 rounded[kind.name] += 1
-        return tuple(f"{n} matrices of {name} are held as f16, the nearest to each value" for name, n in rounded.items())
+        return tuple(
+            f"{n} matrices of {name} are held as f16, the nearest to each value" for name, n in rounded.items()
+        )
 
 
 def small_files(file: File) -> tuple[Path, dict[str, Any]]:

@@ -154,9 +154,7 @@ class File:
             end = entry.begin + entry.nbytes
         return made
 
-    def _entry(
-        self, name: str, shape: tuple[int, ...], number: int, offset: int, start: int, alignment: int
-    ) -> Entry:
+    def _entry(self, name: str, shape: tuple[int, ...], number: int, offset: int, start: int, alignment: int) -> Entry:
         where = f"{self.path}: tensor '{name[:200]}'"
         type = TYPES.get(number)
         if type is None:

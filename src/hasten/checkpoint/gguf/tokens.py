@@ -29,7 +29,9 @@ def definition(metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         raise CheckpointError(f"a GGUF tokenizer of kind {kind!r} is not read"[:200], HINT)
     tokens, types = _tokens(metadata)
     made = _byte_level(metadata, tokens, types) if kind == "gpt2" else _byte_fallback(metadata, tokens, types)
-    special = {name: _token(metadata, tokens, key) for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"))}
+    special = {
+        name: _token(metadata, tokens, key) for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"))
+    }
     begins = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or _pre(metadata) == "llama-bpe"))
     ends = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     made |= {

@@ -45,7 +45,9 @@ def read(name: str, parts: Parts, shape: tuple[int, int], quantization: Mapping[
         raise parts.fail(f"qweight has shape {list(parts.shape('qweight'))}, must be {list(packed)}")
     by_group, dense = parts.floats("scales")
     if by_group.ndim != 2 or by_group.shape[1] != rows or by_group.shape[0] == 0 or columns % by_group.shape[0]:
-        raise parts.fail(f"scales are {list(by_group.shape)}, must be [groups, {rows}] with groups that divide {columns}")
+        raise parts.fail(
+            f"scales are {list(by_group.shape)}, must be [groups, {rows}] with groups that divide {columns}"
+        )
     groups = by_group.shape[0]
     group = columns // groups
     stated = integer(quantization, "group_size", "q_group_size")

@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor writes and vLLM reads it: pack-quantized (int2 to int8) and int-quantized (int8).
+"""compressed-tensors, as llm-compressor writes it: pack-quantized (int2 to int8) and int-quantized (int8).
 
 pack-quantized: weight_packed int32 [out, in * bits / 32], each row a stream of bits of code + 2^(bits-1);
 weight_scale [out, groups] (one group: by channel; [1]: by tensor); weight_zero_point int32 [out * bits / 32, groups],

@@ -1,4 +1,4 @@
-"""GPTQ as AutoGPTQ and GPTQModel write it (Frantar et al., arXiv:2210.17323): 2, 3, 4 or 8 bits, packed along the input.
+"""GPTQ as AutoGPTQ and GPTQModel write it (Frantar et al., arXiv:2210.17323): of 2, 3, 4 or 8 bits.
 
 qweight int32 [in * bits / 32, out]: a column of it is a stream of bits, input 0 lowest.
 qzeros  int32 [groups, out * bits / 32]: a row of it is such a stream; in checkpoint_format "gptq" each zero point is

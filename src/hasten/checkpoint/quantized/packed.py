@@ -60,7 +60,7 @@ class Parts:
 
 
 def unpack(words: npt.NDArray[Any], bits: int, count: int) -> UInt8:
-    """int32 [rows, words] -> [rows, count]: number i of a row begins at bit bits * i of it, words joined low to high."""
+    """int32 [rows, words] -> [rows, count]: number i begins at bit bits * i of its row, words joined low to high."""
     rows = words.shape[0]
     data = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(rows, -1)
     if bits == 8:
