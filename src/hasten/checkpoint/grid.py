@@ -70,7 +70,7 @@ class Grid:
         columns = self.shape[1]
         if self.group_of is not None:
             return None
-        if self.group >= columns:
+        if self.group >= columns and self.group not in GROUPS:
             return GROUPS[0]
         return next((g for g in GROUPS if self.group % g == 0), None)
 

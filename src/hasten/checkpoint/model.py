@@ -93,7 +93,7 @@ class Model:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how weights of another's format are held."""
-        return tuple(getattr(self._store, "notes", ()))
+        return tuple(getattr(self.store, "notes", ()))
 
     def tensor(self, name: str) -> Float32:
         """A weight of the graph as float32 [out, in] or [n]."""

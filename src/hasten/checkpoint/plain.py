@@ -88,7 +88,7 @@ def write_config(folder: Path, model: Model, fields: Mapping[str, Any]) -> None:
     config = dict(model.config)
     if config.get("model_type") == "gemma3":  # with a vision tower that is not written
         config = {"model_type": "gemma3_text", **config["text_config"]}
-    for stale in ("dtype", "torch_dtype", "gguf_file", "quantization_config", "architectures"):
+    for stale in ("dtype", "torch_dtype", "source_gguf", "quantization_config", "architectures"):
         config.pop(stale, None)
     (folder / "config.json").write_text(json.dumps({**config, **fields}, indent=1) + "\n", encoding="utf-8")
     for name in BESIDE:

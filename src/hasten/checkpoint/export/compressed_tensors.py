@@ -31,6 +31,7 @@ KIND = "a directory of compressed-tensors (pack-quantized)"
 TAKES = ()
 BITS = {"int8": 8, "int4": 4, "int3": 4, "int2": 4, "int1": 4}
 DENSE = ("f32", "f16", "bf16")
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,13 @@ def _notes(model: Model, sources: dict[str, list[WeightSpec]], schemes: dict[str
     rounded = [name for name in left if model.formats[name] not in DENSE]
     if rounded:
         yield f"{', '.join(rounded)} rounded to f16: programs that load this format take embedding and head dense"
-    if len(set(schemes.values())) > 1:
-        yield "matrices differ in bits or groups: vLLM and SGLang join q, k and v, and need these alike"
+    for parts in JOINED:
+        stems = [source for source in sources if source.endswith(f"{parts[0]}.weight")]
+        for stem in stems:
+            found = {schemes.get(stem.replace(parts[0], part)) for part in parts}
+            if len(found) > 1:
+                where = stem.removesuffix(f".{parts[0]}.weight")
+                yield f"{where}: {', '.join(parts)} differ in format; vLLM and SGLang join them and need them alike"
+                break
     if not (model.path / "tokenizer.json").exists():
         yield "the model has no tokenizer.json: none was written"

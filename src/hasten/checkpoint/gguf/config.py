@@ -63,6 +63,11 @@ def config(file: File) -> dict[str, Any]:
     """What config.json would say. Raises CheckpointError naming a key that is missing or asks for what is not known."""
     arch = architecture(file)
     keys = Keys(file, arch)
+    parts = file.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise CheckpointError(
+            f"{file.path} is one of {parts!r} parts of a model"[:300], "llama-gguf-split --merge makes one file of them"
+        )
     if keys.integer("expert_count", 0):
         raise CheckpointError(f"{file.path}: mixtures of experts are not supported")
     heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
@@ -98,10 +103,13 @@ def config(file: File) -> dict[str, Any]:
     if arch == "llama":
         made["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     scaling = rope_scaling(file, keys, head_dim, context)
-    for name in ("bos", "eos"):
-        value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if type(value) is int and value < table.shape[0]:
-            made[f"{name}_token_id"] = value
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot")}
+    ids = {name: i for name, i in ids.items() if type(i) is int and i < table.shape[0]}
+    if "bos" in ids:
+        made["bos_token_id"] = ids["bos"]
+    ends = [ids[name] for name in ("eos", "eot") if name in ids]  # either ends a text for llama.cpp
+    if ends:
+        made["eos_token_id"] = ends[0] if len(set(ends)) == 1 else ends
     return made | ({"rope_scaling": scaling} if scaling else {})
 
 

@@ -32,8 +32,8 @@ BESIDE = (
     *("chat_template.jinja", "chat_template.json"),
 )
 REFUSED = "no-tokenizer.json"
-CHUNK = 1 << 16
-"""Blocks decoded at a time."""
+CHUNK = 1 << 21
+"""Numbers decoded at a time."""
 
 
 class Container:
@@ -109,8 +109,9 @@ class Container:
         data = self._rows(spec)
         blocks = data.reshape(-1, kind.block_bytes)
         out = np.empty((len(blocks), width or kind.block), dtype)
-        for start in range(0, len(blocks), CHUNK):
-            out[start : start + CHUNK] = decode(blocks[start : start + CHUNK])
+        step = CHUNK // kind.block
+        for start in range(0, len(blocks), step):
+            out[start : start + step] = decode(blocks[start : start + step])
         return out.reshape(data.shape[0], -1)
 
     def format(self, spec: WeightSpec) -> str:
@@ -168,7 +169,7 @@ def small_files(file: File) -> tuple[Path, dict[str, Any]]:
     for name, data in contents.items():
         digest.update(name.encode() + data)
     # What tells this model from another of the same shape, for all who name a model by its config.
-    stated = config(file) | {"gguf_file": f"{file.path.name} {digest.hexdigest()[:32]}"}
+    stated = config(file) | {"source_gguf": f"{file.path.name} {digest.hexdigest()[:32]}"}
     folder = _cache(f"gguf-{digest.hexdigest()[:32]}")
     if folder is not None and (folder / "config.json").is_file():
         return folder, stated

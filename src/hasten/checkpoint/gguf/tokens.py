@@ -15,9 +15,14 @@ from hasten.errors import CheckpointError
 
 HINT = "put the model's tokenizer.json beside the GGUF file"
 EXPRESSIONS = {name: expression for expression, name in PRE_TOKENIZERS.items()}
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "gpt2": "gpt-2"}
 DIGITS = "smollm"
 """Digits one by one, then as gpt-2."""
+ALIASES = {
+    **dict.fromkeys(("llama3", "llama-v3"), "llama-bpe"),
+    **dict.fromkeys(("gpt2", "mpt", "olmo"), "gpt-2"),
+    **dict.fromkeys(("starcoder", "refact", "command-r"), DIGITS),
+    "deepseek-r1-qwen": "qwen2",
+}
 LONGEST_TOKEN = 1024
 SPACE = "\u2581"
 
@@ -61,7 +66,7 @@ def _tokens(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 def _pre(metadata: dict[str, Any]) -> str:
-    stated = str(metadata.get("tokenizer.ggml.pre", "gpt-2"))
+    stated = str(metadata.get("tokenizer.ggml.pre", "unstated"))
     return ALIASES.get(stated, stated)
 
 
