@@ -114,7 +114,10 @@ class Made:
         return checkpoint.open(str(self.path))
 
     def check(self, model: checkpoint.Model, format: str) -> None:
-        """Every quantised matrix is `format` ({columns}: one group a row) and has the values it should; all others are as they were."""
+        """Every quantised matrix is `format` and has the values it should; all others are as they were.
+
+        {columns} in a format: one group a row.
+        """
         for spec in model.graph.matrices():
             held = model.weight(spec.name)
             expected = self.expected.get(spec.source)

@@ -64,7 +64,8 @@ def write(model: Model, out: Path, options: Options, progress: Progress | None) 
         if source in schemes:
             stored |= _packed(model, source, specs, schemes[source])
         else:
-            stored[source] = dense(source, specs, lambda spec: model.tensor(spec.name), "f16")
+            dtype = "f16" if specs[0].is_matrix else "f32"
+            stored[source] = dense(source, specs, lambda spec: model.tensor(spec.name), dtype)
     with staged(out) as staging:
         fields = {"torch_dtype": "float16", "quantization_config": quantization(model, sources, schemes)}
         write_config(staging, model, fields)
