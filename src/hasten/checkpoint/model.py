@@ -14,8 +14,11 @@ from hasten import formats, models
 from hasten.checkpoint import demo, hub
 from hasten.checkpoint.artifact import FACTS, Artifact
 from hasten.checkpoint.files import read_object, read_optional_object
-from hasten.checkpoint.huggingface import Tensors
+from hasten.checkpoint.gguf import model as gguf
+from hasten.checkpoint.gguf.reader import File
+from hasten.checkpoint.huggingface import Tensors, by_source, locate
 from hasten.checkpoint.overlay import Overlay
+from hasten.checkpoint.quantized import Quantized, quantization_of
 from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
@@ -27,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where weights come from: huggingface.Tensors, artifact.Artifact or overlay.Overlay."""
+    """Where weights come from: Tensors, Artifact, Quantized, gguf.Container or Overlay."""
 
     dtype: str
     bytes_on_disk: int
@@ -45,7 +48,7 @@ class Model:
     path: Path
     config: dict[str, Any]
     graph: Graph
-    kind: Literal["huggingface", "artifact", "config"]
+    kind: Literal["huggingface", "artifact", "quantized", "gguf", "config"]
     dtype: str
     """f32, f16 or bf16: the original's."""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +62,9 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError where it is missing or contradicts the model."""
+        refused = read_optional_object(self.path / gguf.REFUSED)
+        if refused:
+            raise CheckpointError(f"{self.source}: {refused['error']}", refused["hint"])
         return Tokenizer(self.path, self.graph.vocabulary)
 
     @property
@@ -88,12 +94,17 @@ class Model:
             raise CheckpointError(f"{self.path} was opened without weights")
         return self.store
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how weights of another's format are held."""
+        return tuple(getattr(self.store, "notes", ()))
+
     def tensor(self, name: str) -> Float32:
         """A weight of the graph as float32 [out, in] or [n]."""
         return self._store.tensor(self.graph.weights[name])
 
     def weight(self, name: str) -> Weight | Float32:
-        """One weight as kernels read it; see `weights`."""
+        """A weight of the graph as kernels read it: a matrix in its format, a vector as float32 [n]."""
         return self._store.weight(self.graph.weights[name])
 
     def weights(self, progress: Progress | None = None) -> dict[str, Weight | Float32]:
@@ -122,14 +133,20 @@ class Model:
 
 
 def open(source: str, weights: bool = True) -> Model:
-    """Open `source`: "demo", a local Hugging Face directory or hasten artifact, or a hub id (org/name).
+    """Open `source`: "demo", a local Hugging Face directory (plain, or quantised as GPTQ, AWQ or compressed-tensors), a
+    hasten artifact, a GGUF file, or a hub id (org/name).
 
     With `weights=False` a directory (or a file) that holds no more than the config is enough. Raises CheckpointError,
     ConfigError or HubError.
     """
     path = _locate(source, weights)
+    if path.suffix == ".gguf":
+        return _open_gguf(source, path)
     config_file = path / "config.json" if path.is_dir() else path
     config = read_object(config_file)
+    quantization = quantization_of(path, config) if weights and path.is_dir() else None
+    if quantization is not None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     graph = models.build(config)
     directory = config_file.parent
     generation = read_optional_object(directory / "generation_config.json")
@@ -143,23 +160,46 @@ def open(source: str, weights: bool = True) -> Model:
         artifact = Artifact(path, graph)
         common |= {"graph": artifact.graph, "structure": artifact.structure}
         return Model(**common, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
-    tensors = Tensors(path, config, graph)
+    if quantization is not None:
+        quantized = Quantized(path, config, quantization, graph)
+        return Model(**common, graph=graph, kind="quantized", dtype=quantized.dtype, store=quantized)
+    tensors = Tensors(path, *locate(path, config), by_source(graph))
     return Model(**common, graph=graph, kind="huggingface", dtype=tensors.dtype, store=tensors)
+
+
+def _open_gguf(source: str, path: Path) -> Model:
+    file = File(path)
+    folder, config = gguf.small_files(file)
+    graph = models.build(config)
+    store = gguf.Container(file, graph)
+    return Model(source, folder, config, graph, "gguf", store.dtype, store=store)
 
 
 def _locate(source: str, weights: bool) -> Path:
     if source == "demo":
         return demo.directory()
     path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and not weights):
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file() and (not weights or path.suffix == ".gguf"):
         return path
     if path.exists():
         raise CheckpointError(f"{source} is not a model directory", "name the directory that holds config.json")
     if hub.is_id(source) and not Path(source.split("/")[0]).is_dir():  # a mistyped local path is not sent anywhere
         return hub.fetch(source, weights)
     raise CheckpointError(
-        f"there is no model at '{source}'", "name a local directory, a hub id such as org/name, or demo"
+        f"there is no model at '{source}'", "name a local directory, a hub id such as org/name, a .gguf file, or demo"
     )
+
+
+def _in_directory(path: Path) -> Path:
+    """The one GGUF file of a directory that holds no config.json, else the directory."""
+    if (path / "config.json").exists():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds {len(found)} GGUF files", f"name one of them, {found[0].name} say")
+    return found[0] if found else path
 
 
 def random_weights(graph: Graph, format_name: str, seed: int = 0) -> dict[str, Weight | Float32]:

@@ -89,6 +89,7 @@ def describe(model: Model, context: int, batch: int, kv_format: str = "auto") ->
         "blocks": [[t for t in tensors if t["block"] == i] for i in range(len(graph.blocks))],
         "outside_blocks": [t for t in tensors if t["block"] is None],
         "memory": _memory(model, context, batch, kv_format),
+        "notes": list(model.notes),
     }
 
 
@@ -169,6 +170,8 @@ def show(document: dict[str, Any]) -> None:
     print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {memory['kv_format']}:")
     known = "" if memory["available"] is None else f", of {size(memory['available'])} available"
     print(f"{parts} = {size(memory['total'])}{known}")
+    for note in document["notes"]:
+        print(f"note: {note}")
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
