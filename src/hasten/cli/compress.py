@@ -58,7 +58,7 @@ def run(options: Options) -> int:
                 model.graph,
                 original,
                 windows,
-                kv_format=memory.kv_format(model.formats.values()),
+                kv_format=memory.kv_format(model.formats.values(), own=model.kv_formats),
                 threads=options.threads,
                 report=report,
             )
@@ -91,7 +91,9 @@ def predict(model: Model, choices: Mapping[str, Choice]) -> Prediction:
     if not needs_moments(choices):
         return memory.Prediction(weights, 0, working)
     limits = feed.window_limits(
-        min(graph.context, 512), calibrate.CHUNK, kv_format=memory.kv_format(model.formats.values())
+        min(graph.context, 512),
+        calibrate.CHUNK,
+        kv_format=memory.kv_format(model.formats.values(), own=model.kv_formats),
     )
     step = memory.predict(graph, weights, replace(limits, max_rows=1))
     hidden = 3 * 4 * CALIBRATION_TOKENS * graph.hidden
