@@ -6,7 +6,7 @@ import pytest
 import small_model
 from support import need_shared_data
 
-from hasten import LLM, SamplingParams
+from hasten import LLM, SamplingParams, checkpoint
 from hasten.engine import memory
 from hasten.engine.request import Sequence as Choice
 from hasten.errors import BackendError, CheckpointError, ContextError, InputError, MemoryLimitError
@@ -278,6 +278,21 @@ def test_settings_that_make_no_sense(
 ) -> None:
     with pytest.raises(error, match=message):
         LLM(directory, **given)  # type: ignore[arg-type]
+
+
+def test_an_artifacts_own_cache_is_what_auto_means(directory: Path, tmp_path: Path) -> None:
+    model = checkpoint.open(str(directory))
+    path = checkpoint.write_artifact(tmp_path / "own", model, model.weights(), {}, {}, ["int8", "int4"])
+
+    def cache(source: Path, kv_format: str = "auto") -> object:
+        return LLM(source, context=64, kv_format=kv_format).program.limits.kv_format
+
+    assert cache(path) == ("int8", "int4")
+    assert cache(path, "bf16") == "bf16"
+    assert cache(path, "int4, f32") == ("int4", "f32")
+    assert cache(directory) == "f32"
+    alike = checkpoint.write_artifact(tmp_path / "alike", model, model.weights(), {}, {}, ["int4", "int4"])
+    assert cache(alike) == "int4"
 
 
 def test_memory_is_what_was_predicted(llm: LLM) -> None:

@@ -33,11 +33,11 @@ def formats_of(graph: Graph, kv_format: KvFormat) -> tuple[str, ...]:
             raise BackendError(f"kv_format is '{name}', must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if isinstance(kv_format, str):
         return (kv_format,) * count
-    slots = graph.slots or tuple(range(count))
-    cut = bool(graph.slots)
-    if len(kv_format) <= max(slots, default=-1) or (not cut and len(kv_format) != count):
-        raise BackendError(f"kv_format names {len(kv_format)} layers, the model has {'more' if cut else count}")
-    return tuple(kv_format[slot] for slot in slots)
+    if graph.slots is None and len(kv_format) != count:
+        raise BackendError(f"kv_format names {len(kv_format)} layers, the model has {count}")
+    if graph.slots and len(kv_format) <= max(graph.slots):
+        raise BackendError(f"kv_format names {len(kv_format)} layers, the model has more")
+    return tuple(kv_format[slot] for slot in (range(count) if graph.slots is None else graph.slots))
 
 
 def token_bytes(name: str, head_dim: int) -> int:

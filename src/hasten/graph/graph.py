@@ -61,7 +61,7 @@ class Graph:
     vocabulary: int = 0
     hidden: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
-    slots: tuple[int, ...] = ()
+    slots: tuple[int, ...] | None = None
     """Of a graph that was cut from another: the slot that each of its cache slots has in the whole model."""
 
     def matrices(self) -> list[WeightSpec]:
@@ -137,7 +137,7 @@ class Graph:
             nodes=tuple(nodes),
             weights={w: self.weights[w] for w in used},
             output=output,
-            slots=tuple(self.slots[s] if self.slots else s for s in slots),
+            slots=tuple(slots) if self.slots is None else tuple(self.slots[s] for s in slots),
             blocks=tuple(replace(b, start=b.start - start + 1, stop=b.stop - start + 1) for b in blocks),
         )
 
