@@ -185,7 +185,10 @@ TAMPERED: list[tuple[Any, str]] = [
         "vector 'model.norm.weight' has format 'int4-g64', must be f32",
     ),
     (lambda p: change(p, tensors=[]), "tensors is missing or of the wrong type"),
-    (lambda p: change(p, kv_formats=["int8"]), "kv_formats must name one of bf16, int8, int4, f32 for each of 2 layers"),
+    (
+        lambda p: change(p, kv_formats=["int8"]),
+        "kv_formats must name one of .*int4, f32 for each of 2 layers",
+    ),
     (lambda p: change(p, kv_formats=["int8", "int3"]), "kv_formats must name"),
     (lambda p: change(p, kv_formats=["int8", 4]), "kv_formats must name"),
     (lambda p: change(p, kv_formats="int8"), "kv_formats must name"),

@@ -32,7 +32,12 @@ class Case:
     @property
     def head_bytes(self) -> int:
         """Of one head's keys, or values, in a block: codes, then each token's bfloat16 scale, then int4's centres."""
-        of_token = {"f32": 4 * self.head_dim, "bf16": 2 * self.head_dim, "int8": self.head_dim + 2, "int4": self.half + 4}
+        of_token = {
+            "f32": 4 * self.head_dim,
+            "bf16": 2 * self.head_dim,
+            "int8": self.head_dim + 2,
+            "int4": self.half + 4,
+        }
         return of_token[self.kv] * self.block_size
 
     @property

@@ -33,7 +33,7 @@ def formats_of(graph: Graph, kv_format: KvFormat) -> tuple[str, ...]:
             raise BackendError(f"kv_format is '{name}', must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     if isinstance(kv_format, str):
         return (kv_format,) * count
-    if graph.slots is None and len(kv_format) != count:
+    if graph.slots is None and count and len(kv_format) != count:
         raise BackendError(f"kv_format names {len(kv_format)} layers, the model has {count}")
     if graph.slots and len(kv_format) <= max(graph.slots):
         raise BackendError(f"kv_format names {len(kv_format)} layers, the model has more")
