@@ -1,8 +1,9 @@
 """hasten's own directories: config.json, tokenizer.json, hasten-*.safetensors with packed weights, and hasten.json.
 
 hasten.json: format_version; tensors (name -> format, shape, file); files (name -> bytes, sha256); blocks (shapes);
-structure (how the model departs from config.json, where it does); recipe; measurements. Weights are mapped and used as
-they lie: nothing is copied or packed again. Nothing in the directory is ever executed.
+recipe; measurements; where the model has them, structure (how it departs from config.json) and kv_formats (of each
+layer's cache). Weights are mapped and used as they lie: nothing is copied or packed again. Nothing in the directory is
+ever executed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hasten import formats
+from hasten.backends import cache
 from hasten.checkpoint import safetensors
 from hasten.checkpoint.files import plain_name, read_bytes, read_object, regular_size
 from hasten.errors import CheckpointError, ConfigError, FormatError
@@ -52,6 +54,7 @@ class Artifact:
             raise CheckpointError(f"{path / FACTS} and config.json disagree about tensor '{odd[:200]}'")
         if self.facts["blocks"] != block_shapes(graph):
             raise CheckpointError(f"{path / FACTS}: block shapes differ from those config.json gives")
+        _check_cache(path, self.facts.get("kv_formats", []), graph)
         self._files = {name: safetensors.File(path / name) for name in weight_files(self.facts)}
         self._formats: dict[str, formats.Format] = {}
         for spec in graph.weights.values():
@@ -118,6 +121,16 @@ def block_shapes(graph: Graph) -> list[dict[str, Any]]:
                 shape["feed_forward"] = widths[node.outputs[0]]
         shapes.append(shape)
     return shapes
+
+
+def _check_cache(path: Path, chosen: object, graph: Graph) -> None:
+    """`kv_formats`, where there is one: a format of the cache for each layer."""
+    known = isinstance(chosen, list) and all(isinstance(name, str) and name in cache.FORMATS for name in chosen)
+    if not known or (chosen and len(chosen) != cache.layers(graph)):  # type: ignore[arg-type]
+        raise CheckpointError(
+            f"{path / FACTS}: kv_formats must name one of {', '.join(cache.FORMATS)} for each of "
+            f"{cache.layers(graph)} layers"
+        )
 
 
 def weight_files(facts: dict[str, Any]) -> list[str]:

@@ -84,6 +84,11 @@ class Model:
         return {spec.name: self._store.format(spec) for spec in self.graph.matrices()}
 
     @property
+    def kv_formats(self) -> tuple[str, ...]:
+        """The format of each layer's cache that an artifact was made for; empty where none was chosen."""
+        return tuple(self.facts.get("kv_formats", ()))
+
+    @property
     def bytes_on_disk(self) -> int:
         """Of the weight files."""
         return self._store.bytes_on_disk

@@ -50,7 +50,7 @@ def run(options: Options) -> int:
     plan = wanted.structure.plan(model.graph, model.structure) if wanted.structure else None
     choices = wanted.assign(plan.names if plan else [m.name for m in model.graph.matrices()])
     text = windows(options, model, choices, plan is not None and plan.calibrated)
-    how = restructure.Run(text, memory.kv_format(model.formats.values()), options.threads)
+    how = restructure.Run(text, memory.kv_format(model.formats.values(), own=model.kv_formats), options.threads)
     memory.require(predict(how.task(model, choices), plan), memory.memory()[1])
     facts = {**document.recipe(choices), **({"structure": wanted.structure.document} if wanted.structure else {})}
     before = model.bytes_on_disk

@@ -130,7 +130,7 @@ def _memory(model: Model, context: int, batch: int, kv_format: str) -> dict[str,
         max_sequences=batch,
         max_rows=batch,
         kv_blocks=blocks,
-        kv_format=memory.kv_format(model.formats.values(), kv_format),
+        kv_format=memory.kv_format(model.formats.values(), kv_format, model.kv_formats),
     )
     found = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), limits, model.formats)
     return {
@@ -152,7 +152,7 @@ def graphs(graph: Graph) -> dict[str, str]:
 
 
 def show(document: dict[str, Any]) -> None:
-    from hasten.engine.memory import size
+    from hasten.engine.memory import shown_format, size
 
     facts = f"context {document['context']}, vocabulary {document['vocabulary']}, hidden {document['hidden']}"
     print(f"{document['model']}: {document['model_type']}, {len(document['blocks'])} blocks, {facts}")
@@ -167,7 +167,7 @@ def show(document: dict[str, Any]) -> None:
         print(f"{name:<{width}}  {shape:>14}  {format:<15} {bits:>6}  {bytes:>10}".rstrip())
     memory = document["memory"]
     parts = " + ".join(f"{size(memory[part])} {part.replace('_', ' ')}" for part in ("weights", "kv_cache", "buffers"))
-    print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {memory['kv_format']}:")
+    print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {shown_format(memory['kv_format'])}:")
     known = "" if memory["available"] is None else f", of {size(memory['available'])} available"
     print(f"{parts} = {size(memory['total'])}{known}")
     for note in document["notes"]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from hasten.backends import feed, native
 from hasten.backends.batch import Float32, Int32, Limits, Outputs
+from hasten.backends.cache import KvFormat
 from hasten.compress.statistics import Gatherer, Hidden, Statistics
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
@@ -29,7 +30,7 @@ def calibrate(
     weights: Weights,
     windows: Sequence[Int32],
     *,
-    kv_format: str,
+    kv_format: KvFormat,
     hessians: Collection[str] = (),
     done: Callable[[Statistics], None] | None = None,
     threads: int = 0,
@@ -59,7 +60,7 @@ def calibrate(
     return statistics
 
 
-def limits_for(windows: Sequence[Int32], kv_format: str, threads: int = 0, chunk: int = CHUNK) -> Limits:
+def limits_for(windows: Sequence[Int32], kv_format: KvFormat, threads: int = 0, chunk: int = CHUNK) -> Limits:
     return feed.window_limits(max(len(w) for w in windows), chunk, kv_format=kv_format, threads=threads)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from hasten import formats
 from hasten.backends.batch import Int32, Limits
+from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model
 from hasten.compress import calibrate, stream
 from hasten.compress.calibrate import Report, Weights
@@ -40,7 +41,7 @@ class Run:
     """How calibration text runs through the kernels."""
 
     windows: Sequence[Int32]
-    kv_format: str
+    kv_format: KvFormat
     threads: int = 0
     report: Report | None = None
 

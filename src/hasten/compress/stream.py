@@ -19,6 +19,7 @@ import numpy as np
 
 from hasten import formats
 from hasten.backends.batch import Float32, Int32, Limits
+from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model, files, safetensors
 from hasten.checkpoint.write import stored_arrays
 from hasten.compress import calibrate, methods
@@ -44,7 +45,7 @@ class Task:
     model: Model
     choices: Mapping[str, Choice]
     windows: Sequence[Int32]
-    kv_format: str
+    kv_format: KvFormat
     threads: int = 0
 
     def limits(self) -> Limits:
@@ -59,7 +60,7 @@ class Task:
             "context": self.model.graph.context,
             "choices": {name: list(asdict(c).values()) for name, c in self.choices.items()},
             "windows": hashlib.sha256(b"".join(w.tobytes() + b"|" for w in self.windows)).hexdigest(),
-            "kv_format": self.kv_format,
+            "kv_format": self.kv_format if isinstance(self.kv_format, str) else list(self.kv_format),
         }
 
 

@@ -214,7 +214,7 @@ def _dropped(graph: Graph, dropped: tuple[int, ...]) -> Graph:
     used = {w for n in kept for w in n.weights}
     return replace(
         graph,
-        nodes=tuple(with_own_slots(kept)),
+        nodes=tuple(with_own_slots(kept)[0]),
         weights={name: spec for name, spec in graph.weights.items() if name in used},
         blocks=tuple(blocks),
         output=instead.get(graph.output, graph.output),
