@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,24 @@ from typing import Any
 import numpy as np
 
 from hasten import checkpoint
-from hasten.backends.batch import Int32
 from hasten.bench import peak
 from hasten.compress import calibrate
 from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
-from hasten.search import cost, document, report, sensitivity, speed, texts
+from hasten.search import cap, cost, document, report, samples, sensitivity, target, texts
 from hasten.search.candidates import tensors
 from hasten.search.cost import Site
 from hasten.search.job import Job, Note, Report, Settings, calibration_tokens, prepare, work_folder
 from hasten.search.prove import Proof, prove
-from hasten.search.quality import Judge
+from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
+from hasten.search.samples import Sample
 from hasten.search.trials import Trials
+
+SENSITIVITY_SECONDS = 600.0
+"""For measuring sensitivities, at most."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Outcome:
 def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     """The whole flow. Raises HastenError for input that cannot be used; leaves nothing half-written."""
     job = prepare(settings, report, note)
-    settings = job.settings
+    settings, most = job.settings, cap.most_bytes(job)
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
             note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
@@ -53,8 +55,9 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         space, times = explore(job, statistics, packer, trials)
         sizes = text_sizes(job, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
-        refiner = refine(job, space, packer, texts.take(job.texts.search, sizes["search"]), slices, trials)
-        proof = prove(job, refiner, slices, trials)
+        sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
+        refiner, proof = refine(job, space, packer, sample, finals[0], most, trials)
+        proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
             return Outcome(document.make(job, refiner, proof, times, None), None, proof.reason)
         made = write(job, packer, proof, proof.chosen, refiner, times, trials.folder / "artifact")
@@ -100,11 +103,11 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
         errors = sensitivity.errors(found, packer, trials, key, job.report)
         found = sensitivity.holdable(found, errors)
     with job.stage("timing kernels"):
-        objective = job.settings.objective
+        objective = job.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
-        limit = 60 * job.settings.minutes
+        limit = SENSITIVITY_SECONDS if job.settings.minutes is None else 60 * job.settings.minutes
         plan = sensitivity.plan(job.graph, found, seconds_per_token(job, trials), limit, available)
         windows = job.texts.calibration[: len(statistics.final)]
         limits = perplexity.limits_for(job.graph, windows, kv_format=job.kv_format, threads=job.threads)
@@ -123,17 +126,20 @@ def text_sizes(job: Job, trials: Trials) -> dict[str, float]:
 
 
 def refine(
-    job: Job, space: Space, packer: Packer, windows: list[Int32], slices: Sequence[list[Int32]], trials: Trials
-) -> Refiner:
-    """Candidates measured on the search's text."""
-    key = [job.key, texts.digest(windows), texts.digest(job.texts.calibration)]
-    judge = Judge(job.graph, job.original, windows, job.budget, job.threads, trials, key, job.report)
-    final_tokens = sum(len(w) for w in slices[0])
-    refiner = Refiner(space, judge, packer.model, job.budget, final_tokens, [])
+    job: Job, space: Space, packer: Packer, sample: Sample, final: Sample, most: int | None, trials: Trials
+) -> tuple[Refiner, Proof]:
+    """Candidates measured on the search's sample, and what is known of their speeds."""
+    key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
+    judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report)
+    refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
+    proof = Proof()
     with job.stage("search"):
-        refiner.uniforms()
-        refiner.search()
-    return refiner
+        if job.objective.target:
+            target.reach(job, refiner, proof)
+        else:
+            refiner.uniforms()
+            refiner.search()
+    return refiner, proof
 
 
 def write(
@@ -174,7 +180,7 @@ def verify(job: Job, staging: Path, weights: Any) -> None:
 
 def peak_memory(job: Job, staging: Path) -> tuple[int | None, int | None]:
     """Of original and artifact, each served in a process of its own."""
-    prompt, new = speed.lengths(job.graph)
+    prompt, new = job.objective.prompt, job.objective.new
     found: list[int | None] = []
     for done, source in enumerate((job.settings.model, str(staging))):
         job.report("measuring memory", done, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from hasten.bench.latency import Run
 from hasten.compress.recipe import Choice
 from hasten.formats import get
 from hasten.search import speed
+from hasten.search.budget import SHOWN
 from hasten.search.candidates import Tensor, nbytes
 from hasten.search.cost import Site
 from hasten.search.job import Job
 from hasten.search.prove import Proof
+from hasten.search.quality import Readings, finite
 from hasten.search.refine import Refiner, Tried
 from hasten.search.speed import Speed
 
@@ -38,18 +41,21 @@ def make(job: Job, refiner: Refiner, proof: Proof, times: Mapping[Site, float], 
         "architecture": str(job.model.config.get("model_type", "")),
         "parameters": job.graph.parameters(),
         "output": str(settings.output) if chosen else None,
-        "objective": settings.objective,
-        "budget": {"text": str(job.budget), "measure": job.budget.measure, "limit": job.budget.limit},
+        "objective": job.objective.name,
+        "aim": {
+            **asdict(job.objective),
+            "target": str(job.objective.target) if job.objective.target else None,
+            "unit": job.objective.unit,
+        },
+        "budget": budget(job),
         "verdict": verdict(job, proof),
         "machine": {**asdict(job.machine), "threads": job.threads},
         "before": None,
         "after": None,
         "speedup": None,
-        "tensors": [
-            tensor(t, refiner, i, chosen, times, settings.objective) for i, t in enumerate(refiner.space.tensors)
-        ],
+        "tensors": [tensor(t, refiner, i, chosen) for i, t in enumerate(refiner.space.tensors)],
         "kernels": [{**asdict(site), "shape": list(site.shape), "seconds": seconds} for site, seconds in times.items()],
-        "candidates": [candidate(t, proof, refiner) for t in refiner.tried],
+        "candidates": [candidate(job, t, proof, refiner) for t in refiner.tried],
         "refused": refused(refiner, times),
         "texts": {
             name: {"source": job.texts.sources[name], "tokens": sum(len(w) for w in getattr(job.texts, name))}
@@ -65,13 +71,35 @@ def make(job: Job, refiner: Refiner, proof: Proof, times: Mapping[Site, float], 
     return document
 
 
+def budget(job: Job) -> Json:
+    """All of it in words, its first part's measure and limit, and every part. No limit is null."""
+    parts = [{"text": str(b), "measure": b.measure, "limit": finite(b.limit), "what": b.what} for b in job.budget.parts]
+    return {**parts[0], "text": str(job.budget), "parts": parts}
+
+
 def verdict(job: Job, proof: Proof) -> Json:
     return {
         "holds": proof.chosen is not None,
         "reason": proof.reason or None,
-        "limit": job.budget.limit,
-        "attempts": [{"candidate": a.name, "holds": a.holds, **a.reading.json(), **a.figures} for a in proof.attempts],
+        "limit": finite(job.budget.first.limit),
+        "attempts": [
+            {
+                "candidate": a.name,
+                "holds": a.holds,
+                **a.reading.json(),
+                "readings": parts(job, a.readings),
+                **a.figures,
+            }
+            for a in proof.attempts
+        ],
     }
+
+
+def parts(job: Job, readings: Readings) -> list[Json]:
+    """The reading of each part of the budget."""
+    return [
+        {"budget": str(b), "holds": r.within(b), **r.json()} for b, r in zip(job.budget.parts, readings, strict=True)
+    ]
 
 
 def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> Json:
@@ -89,24 +117,25 @@ def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> 
             "kl_divergence": 0.0 if name == "before" else figures["kl_divergence"],
             "top1_agreement": 1.0 if name == "before" else figures["top1_agreement"],
             **speeds,
+            "rate": speed.rate(run, job.objective),
             "bytes_on_disk": disk,
             "peak_memory": memory,
             "bits_per_weight": 8 * refiner.space.bytes(choices) / parameters,
         }
 
-    prompt, new = speed.lengths(job.graph)
+    aim, gains = job.objective, {"decode": final.after.decode, "prefill": final.after.prefill}
+    if final.after.together:
+        gains["throughput"] = final.after.together
     return {
         "before": side("before", final.before, job.model.bytes_on_disk, final.peak_memory[0], original),
         "after": side("after", final.after.run, final.bytes_on_disk, final.peak_memory[1], proof.chosen.choices),
-        "speedup": {"decode": asdict(final.after.decode), "prefill": asdict(final.after.prefill)},
-        "timed": {"prompt": prompt, "new": new, "batch": 1},
+        "speedup": {name: asdict(gain) for name, gain in gains.items()},
+        "timed": {"prompt": aim.prompt, "new": aim.new, "batch": aim.batch},
         "limits": asdict(machine),
     }
 
 
-def tensor(
-    one: Tensor, refiner: Refiner, index: int, chosen: Tried | None, times: Mapping[Site, float], objective: str
-) -> Json:
+def tensor(one: Tensor, refiner: Refiner, index: int, chosen: Tried | None) -> Json:
     """A matrix, what became of it, and what each of its choices would have cost and lost."""
     pick = chosen.choices[one.name] if chosen else one.choices[0]
     costs, losses = refiner.space.costs[index], refiner.space.losses[index]
@@ -134,7 +163,7 @@ def tensor(
     }
 
 
-def candidate(tried: Tried, proof: Proof, refiner: Refiner) -> Json:
+def candidate(job: Job, tried: Tried, proof: Proof, refiner: Refiner) -> Json:
     """A whole candidate as it was measured on the search's text."""
     timed = proof.speeds.get(tried.name)
     return {
@@ -143,11 +172,20 @@ def candidate(tried: Tried, proof: Proof, refiner: Refiner) -> Json:
         "fits": tried.fits,
         "allowance": tried.allowance,
         **tried.reading.json(),
+        "readings": parts(job, tried.readings),
+        "recipe": summary(tried.choices),
         "cost": tried.cost,
-        "cost_of_original": refiner.space.cost({t.name: t.choices[0] for t in refiner.space.tensors}),
+        "cost_of_original": refiner.space.cost(refiner.space.original),
         "bytes": tried.bytes,
         "speedup": {"decode": asdict(timed.decode), "prefill": asdict(timed.prefill)} if timed else None,
+        "rate": speed.rate(timed.run, job.objective) if timed and timed.run else None,
     }
+
+
+def summary(choices: Mapping[str, Choice]) -> str:
+    """A recipe in a line: how many matrices get which format by which method."""
+    counts = Counter("as it was" if c.is_original else f"{c.format} by {c.method}" for c in choices.values())
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def refused(refiner: Refiner, times: Mapping[Site, float]) -> list[Json]:
@@ -182,21 +220,10 @@ Row = tuple[str, str, str, str]
 def rows(document: Json) -> list[Row]:
     """(what, original, accelerated, change) of the before-and-after table."""
     before, after, gain = document["before"], document["after"], document["speedup"]
-    proof, in_nats = document["verdict"]["attempts"][-1], document["budget"]["measure"] == "kl"
-    return [
-        (
-            "perplexity (95% interval)",
-            _interval(before["perplexity"], before["ci95"]),
-            _interval(after["perplexity"], after["ci95"]),
-            f"{(after['perplexity'] / before['perplexity'] - 1) * 100:+.2f}%" if in_nats else _loss(document, proof),
-        ),
-        (
-            "KL divergence to the original, nats",
-            "0",
-            f"{after['kl_divergence']:.4f}",
-            _loss(document, proof) if in_nats else "",
-        ),
-        ("top-1 agreement with the original", "100%", f"{after['top1_agreement'] * 100:.1f}%", ""),
+    proof = document["verdict"]["attempts"][-1]
+    held = {part["measure"]: _loss(document, part, reading) for part, reading in _readings(document, proof)}
+    ratio = f"{(after['perplexity'] / before['perplexity'] - 1) * 100:+.2f}%"
+    speeds = [
         (
             "prefill, tokens/s (share of limit)",
             _rate(before, "prefill"),
@@ -204,6 +231,28 @@ def rows(document: Json) -> list[Row]:
             _gain(gain["prefill"]),
         ),
         ("decode, tokens/s (share of limit)", _rate(before, "decode"), _rate(after, "decode"), _gain(gain["decode"])),
+    ]
+    if document["objective"] == "throughput":
+        speeds.append(("both in turn", "", "", _gain(gain["throughput"])))
+    return [
+        (
+            "perplexity (95% interval)",
+            _interval(before["perplexity"], before["ci95"]),
+            _interval(after["perplexity"], after["ci95"]),
+            held.get("ppl", ratio),
+        ),
+        ("KL divergence to the original, nats", "0", f"{after['kl_divergence']:.4f}", held.get("kl", "")),
+        ("top-1 agreement with the original", "100%", f"{after['top1_agreement'] * 100:.1f}%", ""),
+        *(
+            (
+                f"accuracy on {path.rsplit('/')[-1]}, {found['questions']:,} questions",
+                f"{found['before']:.1%}",
+                f"{found['after']:.1%}",
+                f"{(found['after'] - found['before']) * 100:+.1f} points",
+            )
+            for path, found in proof.get("tasks", {}).items()
+        ),
+        *speeds,
         (
             "time to first token, ms (share of limit)",
             _first_token(before),
@@ -221,15 +270,28 @@ def rows(document: Json) -> list[Row]:
     ]
 
 
+def _readings(document: Json, attempt: Json) -> list[tuple[Json, Json]]:
+    """Each part of the budget with its reading."""
+    return list(zip(document["budget"]["parts"], attempt["readings"], strict=True))
+
+
 def _interval(value: float, ci95: list[float]) -> str:
     return f"{value:.3f} ({ci95[0]:.3f} to {ci95[1]:.3f})"
 
 
-def _loss(document: Json, proof: Json) -> str:
-    level = "" if proof["level"] == 0.95 else f", {proof['level']:.0%} interval"
-    if document["budget"]["measure"] == "kl":
-        return f"{proof['estimate']:.4f} ({proof['low']:.4f} to {proof['high']:.4f}{level})"
-    return f"{proof['estimate'] * 100:+.2f}% ({proof['low'] * 100:+.2f} to {proof['high'] * 100:+.2f}{level})"
+def loss(measure: str, value: float | None, unit: bool = True) -> str:
+    """A loss in its measure's unit."""
+    factor, name, digits = SHOWN[measure]
+    if value is None:
+        return "not a number"
+    return f"{value * factor:{'+' if measure == 'ppl' else ''}.{digits}f}{name if unit else ''}"
+
+
+def _loss(document: Json, part: Json, reading: Json) -> str:
+    level = "" if reading["level"] == 0.95 else f", {reading['level']:.0%} interval"
+    ends = [loss(part["measure"], reading[end], unit=False) for end in ("low", "high")]
+    shown = loss(part["measure"], reading["estimate"], unit=part["measure"] != "kl")
+    return f"{shown} ({ends[0]} to {ends[1]}{level})"
 
 
 def _rate(side: Json, part: str) -> str:
@@ -253,13 +315,21 @@ def headline(document: Json) -> str:
     """The outcome in a sentence."""
     if document["after"] is None:
         return str(document["verdict"]["reason"])
-    proof = document["verdict"]["attempts"][-1]
-    part = "prefill" if document["objective"] == "prefill" else "decode"
+    proof, part = document["verdict"]["attempts"][-1], document["objective"]
+    part = part if part in document["speedup"] else "decode"
     gain = f"{document['speedup'][part]['estimate']:.2f} times the {part} speed"
     size = document["after"]["bytes_on_disk"] / document["before"]["bytes_on_disk"]
-    measure = "perplexity" if document["budget"]["measure"] == "ppl" else "divergence"
-    upper = f"{proof['high'] * 100:+.2f}%" if measure == "perplexity" else f"{proof['high']:.4f} nats"
-    return (
-        f"{gain} at {size:.0%} of the size; {measure} {_loss(document, proof)} on {proof['tokens']:,} held-out tokens: "
-        f"the budget {document['budget']['text']} holds at the upper end of the {proof['level']:.0%} interval ({upper})"
-    )
+    told = [
+        f"{one['what']} {_loss(document, one, reading)} on {reading['tokens']:,} held-out "
+        f"{'questions' if one['measure'] == 'task' else 'tokens'}"
+        + (f" (at most {loss(one['measure'], reading['high'])})" if one["limit"] is not None else "")
+        for one, reading in _readings(document, proof)
+    ]
+    first = f"{gain} at {size:.0%} of the size; {'; '.join(told)}"
+    if document["aim"]["target"]:
+        reached = document["after"]["rate"]
+        first += f": it makes {reached:,.1f} tokens a second, the target is {document['aim']['target']}"
+    if document["budget"]["limit"] is None:
+        return first
+    level = f"the {proof['level']:.0%} interval"
+    return f"{first}: the budget {document['budget']['text']} holds at the upper end of {level}"

@@ -132,27 +132,26 @@ def html(document: Json) -> str:
 def _tiles(document: Json) -> list[tuple[str, str]]:
     before, after, gain = document["before"], document["after"], document["speedup"]
     proof = document["verdict"]["attempts"][-1]
-    percent = document["budget"]["measure"] == "ppl"
-    loss = f"{proof['estimate'] * 100:+.2f}%" if percent else f"{proof['estimate']:.4f}"
+    pairs = zip(document["budget"]["parts"], proof["readings"], strict=True)
     return [
         ("decode speed", f"{gain['decode']['estimate']:.2f}x"),
         ("prefill speed", f"{gain['prefill']['estimate']:.2f}x"),
         ("size on disk", f"{after['bytes_on_disk'] / before['bytes_on_disk']:.0%}"),
-        (f"{'perplexity' if percent else 'divergence, nats'} (budget {document['budget']['text']})", loss),
+        *(
+            (
+                f"{part['what']} (budget {part['text'] if part['limit'] is not None else 'none'})",
+                documents.loss(part["measure"], reading["estimate"]),
+            )
+            for part, reading in pairs
+        ),
     ]
 
 
 def _candidates(document: Json) -> str:
-    percent = document["budget"]["measure"] == "ppl"
+    parts = document["budget"]["parts"]
 
-    def loss(one: Json) -> str:
-        f, unit = (100.0, "%") if percent else (1.0, "")
-        digits = 2 if percent else 4
-        if None in (one["estimate"], one["low"], one["high"]):
-            return "output is not a number"
-        return (
-            f"{one['estimate'] * f:+.{digits}f}{unit} ({one['low'] * f:+.{digits}f} to {one['high'] * f:+.{digits}f})"
-        )
+    def losses(one: Json) -> list[str]:
+        return [_with_ends(part["measure"], reading) for part, reading in zip(parts, one["readings"], strict=True)]
 
     def speed(one: Json, part: str) -> str:
         return f"{one['speedup'][part]['estimate']:.2f}x" if one["speedup"] else ""
@@ -160,7 +159,7 @@ def _candidates(document: Json) -> str:
     rows = [
         (
             one["name"],
-            loss(one),
+            *losses(one),
             f"{one['bytes'] / 1e6:,.2f} MB",
             f"{one['cost'] / one['cost_of_original']:.2f}" if one["cost_of_original"] else "",
             speed(one, "prefill"),
@@ -169,7 +168,15 @@ def _candidates(document: Json) -> str:
         )
         for one in document["candidates"]
     ]
-    return _table(("", "loss (95% interval)", "matrices", "predicted cost", "prefill", "decode", ""), rows)
+    heads = [f"{part['what']} (95% interval)" for part in parts]
+    return _table(("", *heads, "matrices", "predicted cost", "prefill", "decode", ""), rows)
+
+
+def _with_ends(measure: str, reading: Json) -> str:
+    if None in (reading["estimate"], reading["low"], reading["high"]):
+        return "output is not a number"
+    ends = [documents.loss(measure, reading[end], unit=False) for end in ("low", "high")]
+    return f"{documents.loss(measure, reading['estimate'])} ({ends[0]} to {ends[1]})"
 
 
 def _refused(document: Json) -> str:
