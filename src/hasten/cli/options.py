@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 from hasten.errors import InputError
 
 
-def argument(*, help: str, metavar: str | None = None) -> Any:
-    """A positional argument."""
-    return dataclasses.field(metadata={"positional": True, "help": help, "metavar": metavar})
+def argument(*, help: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
+    """A positional argument; with a `default` it may be left out."""
+    return dataclasses.field(default=default, metadata={"positional": True, "help": help, "metavar": metavar})
 
 
 def option(
@@ -114,7 +114,8 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     name, facts = field.name, field.metadata
     help = facts["help"].replace("%", "%%")
     if facts.get("positional"):
-        parser.add_argument(name, type=_reader(kind), help=help, metavar=facts["metavar"] or name.upper())
+        given: dict[str, Any] = {} if field.default is dataclasses.MISSING else {"nargs": "?", "default": field.default}
+        parser.add_argument(name, type=_reader(kind), help=help, metavar=facts["metavar"] or name.upper(), **given)
         return
     flags = [*facts["flags"], "--" + name.replace("_", "-")]
     if kind is bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
-from hasten.search import cap, cost, document, report, samples, sensitivity, target, texts
+from hasten.search import cap, cost, document, history, report, samples, sensitivity, target, texts
 from hasten.search.candidates import tensors
 from hasten.search.cost import Site
 from hasten.search.job import Job, Note, Report, Settings, calibration_tokens, prepare, work_folder
@@ -59,8 +61,11 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         refiner, proof = refine(job, space, packer, sample, finals[0], most, trials)
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
-            return Outcome(document.make(job, refiner, proof, times, None), None, proof.reason)
+            made = document.make(job, refiner, proof, times, None)
+            remember(job, refiner, made, trials)
+            return Outcome(made, None, proof.reason)
         made = write(job, packer, proof, proof.chosen, refiner, times, trials.folder / "artifact")
+        remember(job, refiner, made, trials)
         place(trials.folder / "artifact", settings.output)
     return Outcome(made, settings.output)
 
@@ -164,6 +169,15 @@ def write(
     made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)))
     report.write(staging, made, chosen.choices)
     return made
+
+
+def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -> None:
+    """For `hasten trials`. A history that cannot be kept is no reason to lose what was found."""
+    run = trials.measure("run", [], lambda: [uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")])
+    try:
+        history.record(run[0], made, str(job.key[1]), {t.name: t.choices for t in refiner.tried}, run[1])
+    except OutputError as error:
+        job.say(f"this search is not in `hasten trials`: {error.message}")
 
 
 def verify(job: Job, staging: Path, weights: Any) -> None:

@@ -98,7 +98,8 @@ def verdict(job: Job, proof: Proof) -> Json:
 def parts(job: Job, readings: Readings) -> list[Json]:
     """The reading of each part of the budget."""
     return [
-        {"budget": str(b), "holds": r.within(b), **r.json()} for b, r in zip(job.budget.parts, readings, strict=True)
+        {"budget": str(b), "measure": b.measure, "holds": r.within(b), **r.json()}
+        for b, r in zip(job.budget.parts, readings, strict=True)
     ]
 
 
