@@ -22,18 +22,16 @@ from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
-from hasten.search import cap, cost, document, history, report, samples, sensitivity, target, texts
+from hasten.search import cap, cost, document, history, report, samples, schedule, sensitivity, target, texts
 from hasten.search.candidates import tensors
+from hasten.search.clock import Clock
 from hasten.search.cost import Site
-from hasten.search.job import Job, Note, Report, Settings, calibration_tokens, prepare, work_folder
+from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
 from hasten.search.prove import Proof, prove
 from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
 from hasten.search.samples import Sample
 from hasten.search.trials import Trials
-
-SENSITIVITY_SECONDS = 600.0
-"""For measuring sensitivities, at most."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Outcome:
 
 def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     """The whole flow. Raises HastenError for input that cannot be used; leaves nothing half-written."""
-    job = prepare(settings, report, note)
+    clock = Clock(settings.minutes)
+    job = prepare(settings, report, note, clock)
     settings, most = job.settings, cap.most_bytes(job)
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
@@ -55,10 +54,11 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         statistics = calibrated(job, trials)
         packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
         space, times = explore(job, statistics, packer, trials)
-        sizes = text_sizes(job, trials)
+        each = seconds_per_token(job, trials)
+        sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
-        refiner, proof = refine(job, space, packer, sample, finals[0], most, trials)
+        refiner, proof = refine(job, space, packer, sample, finals[0], most, each, trials)
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
             made = document.make(job, refiner, proof, times, None)
@@ -73,7 +73,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
 def calibrated(job: Job, trials: Trials) -> Statistics:
     """Input statistics and last hidden states, from disk where an earlier run left them."""
     context = min(job.graph.context, 512)
-    flat = np.concatenate(job.texts.calibration)[: calibration_tokens(job.graph)]
+    flat = np.concatenate(job.texts.calibration)[: schedule.calibration(job, trials)]
     job.texts = texts.replace_calibration(job.texts, texts.split(flat, context))
     windows = job.texts.calibration
     file = trials.folder / f"calibration-{texts.digest([flat])}.npz"
@@ -105,6 +105,7 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
     found = tensors(job.graph, job.original)
     key = [job.key, texts.digest(job.texts.calibration)]
     with job.stage("candidates"):
+        found = schedule.trimmed(job, found, packer, trials)
         errors = sensitivity.errors(found, packer, trials, key, job.report)
         found = sensitivity.holdable(found, errors)
     with job.stage("timing kernels"):
@@ -112,31 +113,45 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
-        limit = SENSITIVITY_SECONDS if job.settings.minutes is None else 60 * job.settings.minutes
-        plan = sensitivity.plan(job.graph, found, seconds_per_token(job, trials), limit, available)
+        plan = schedule.sensitivities(job, found, seconds_per_token(job, trials), available, trials)
         windows = job.texts.calibration[: len(statistics.final)]
         limits = perplexity.limits_for(job.graph, windows, kv_format=job.kv_format, threads=job.threads)
+        until = (1 - 1.25 * schedule.SENSITIVITY) * job.clock.left()
         measured = sensitivity.measure(
-            job.graph, job.original, found, windows, statistics.final, packer, plan, trials, key, job.report, limits
+            job.graph,
+            job.original,
+            found,
+            windows,
+            statistics.final,
+            packer,
+            plan,
+            trials,
+            key,
+            job.report,
+            limits,
+            lambda: not job.clock.limited or job.clock.left() > until,
         )
     losses = sensitivity.estimate(found, measured, errors)
     costs = [cost.costs(t, objective, times) for t in found]
     return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found]), times
 
 
-def text_sizes(job: Job, trials: Trials) -> dict[str, float]:
-    """Tokens to search and to prove on: more where the model is quick, for a narrower interval."""
-    each = seconds_per_token(job, trials)
-    return {"search": min(max(5 / each, 8192), 32768), "final": min(max(16 / each, 16384), 98304)}
-
-
 def refine(
-    job: Job, space: Space, packer: Packer, sample: Sample, final: Sample, most: int | None, trials: Trials
+    job: Job,
+    space: Space,
+    packer: Packer,
+    sample: Sample,
+    final: Sample,
+    most: int | None,
+    each: float,
+    trials: Trials,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
     judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report)
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
+    later = schedule.reserve(job, each, final.tokens)
+    refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
     proof = Proof()
     with job.stage("search"):
         if job.objective.target:
@@ -166,6 +181,7 @@ def write(
         verify(job, staging, weights)
     with job.stage("memory"):
         peaks = peak_memory(job, staging)
+    schedule.overrun(job)
     made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)))
     report.write(staging, made, chosen.choices)
     return made

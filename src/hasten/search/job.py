@@ -26,6 +26,7 @@ from hasten.search import budget as budgets
 from hasten.search import objective as objectives
 from hasten.search import samples, texts
 from hasten.search.budget import Budgets
+from hasten.search.clock import Clock
 from hasten.search.objective import Objective
 from hasten.search.texts import Texts
 from hasten.search.trials import Json
@@ -88,6 +89,7 @@ class Job:
     report: Report
     note: Note
     threads: int
+    clock: Clock
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     original_allowed: bool = True
@@ -116,7 +118,7 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".work")
 
 
-def prepare(settings: Settings, report: Report, note: Note) -> Job:
+def prepare(settings: Settings, report: Report, note: Note, clock: Clock | None = None) -> Job:
     """Everything that can be wrong with the input is found here, before anything takes long."""
     budget = (
         budgets.UNBOUNDED
@@ -167,6 +169,7 @@ def prepare(settings: Settings, report: Report, note: Note) -> Job:
         report,
         note,
         settings.threads or here.cores,
+        clock or Clock(settings.minutes),
     )
     for text in (*notes, *chosen.notes):
         job.say(text)

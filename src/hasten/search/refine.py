@@ -7,6 +7,7 @@ measured whole, and the allowance moved until the measured loss comes close to t
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -116,6 +117,8 @@ class Refiner:
     tried: list[Tried]
     enough_time: Callable[[], bool] = lambda: True
     """Whether one more candidate can be measured."""
+    slowest: float = 0.0
+    """Seconds that a candidate took to measure, at most."""
 
     def uniforms(self) -> None:
         for format in UNIFORM:
@@ -162,7 +165,9 @@ class Refiner:
 
     def measure(self, name: str, choices: Choices, allowance: float | None) -> Tried:
         same = next((t for t in self.tried if t.choices == choices), None)
+        start = time.monotonic()
         readings = same.readings if same else self.judge.read(name, facts(choices), lambda: self.model(choices))
+        self.slowest = max(self.slowest, time.monotonic() - start)
         size = self.space.bytes(choices)
         small = self.most_bytes is None or size <= self.most_bytes
         one = Tried(
