@@ -45,6 +45,8 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("hasten.bench.peak.peak_memory", lambda source, **sizes: 1_000_000)
     monkeypatch.setattr("hasten.bench.latency.ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr("hasten.search.cost.seconds", lambda site, cold, threads: by_size(site))
+    monkeypatch.setattr("hasten.search.domains.TOKENS", 600)
+    monkeypatch.setattr("hasten.search.batches.SIZES", (1, 2))
 
 
 def by_size(site) -> float:
@@ -95,7 +97,7 @@ def test_from_model_to_proven_artifact(files, tmp_path, monkeypatch) -> None:
     page = (out / "report.html").read_text()
     for forbidden in ("http://", "https://", "<script", "<link", "@import", "url("):
         assert forbidden not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_the_figures_are_those_of_the_artifact(files, tmp_path, monkeypatch) -> None:

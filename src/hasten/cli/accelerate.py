@@ -55,7 +55,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from hasten.search import document
+    from hasten.search import table
     from hasten.search.accelerate import accelerate
     from hasten.search.job import Settings
 
@@ -89,17 +89,17 @@ def run(options: Options) -> int:
         print(f"{outcome.reason}; nothing was written", file=sys.stderr if options.json else sys.stdout)
         return 1
     if not options.json:
-        show(document.rows(outcome.document))
-        print(f"\n{document.headline(outcome.document)}.")
+        show(table.rows(outcome.document))
+        print(f"\n{table.headline(outcome.document)}.")
         print(f"artifact: {outcome.output}\nreport:   {outcome.output / 'report.html'}")
     return 0
 
 
 def show(rows: list[tuple[str, str, str, str]]) -> None:
     """The table in columns, plain."""
-    table = [("", "original", "accelerated", "change"), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for number, row in enumerate(table):
+    lines = [("", "original", "accelerated", "change"), *rows]
+    widths = [max(len(row[i]) for row in lines) for i in range(4)]
+    for number, row in enumerate(lines):
         first, *rest = (
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )

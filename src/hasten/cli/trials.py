@@ -67,7 +67,7 @@ def state(one: dict[str, Any]) -> str:
 
 
 def losses(one: dict[str, Any]) -> str:
-    from hasten.search.document import loss
+    from hasten.search.table import loss
 
     return ", ".join(
         f"{r['budget'].split('=')[0]} {loss(r['measure'], r['estimate'])}" for r in one["figures"]["readings"]

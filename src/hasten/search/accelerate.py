@@ -22,16 +22,34 @@ from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
-from hasten.search import cap, cost, document, history, report, samples, schedule, sensitivity, target, texts
+from hasten.search import (
+    cap,
+    cost,
+    document,
+    domains,
+    evidence,
+    history,
+    quality,
+    report,
+    samples,
+    schedule,
+    sensitivity,
+    target,
+    texts,
+)
 from hasten.search.candidates import tensors
 from hasten.search.clock import Clock
 from hasten.search.cost import Site
+from hasten.search.evidence import Evidence
 from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
 from hasten.search.prove import Proof, prove
 from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
 from hasten.search.samples import Sample
 from hasten.search.trials import Trials
+
+UNLIKE, UNLIKE_TOKENS = 3.0, 2048
+"""Texts whose perplexities are this far apart are not of one kind."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +65,13 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     """The whole flow. Raises HastenError for input that cannot be used; leaves nothing half-written."""
     clock = Clock(settings.minutes)
     job = prepare(settings, report, note, clock)
+    domains.check(job)
     settings, most = job.settings, cap.most_bytes(job)
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
             note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
         statistics = calibrated(job, trials)
+        compare_texts(job, trials)
         packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
         space, times = explore(job, statistics, packer, trials)
         each = seconds_per_token(job, trials)
@@ -64,7 +84,8 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
             made = document.make(job, refiner, proof, times, None)
             remember(job, refiner, made, trials)
             return Outcome(made, None, proof.reason)
-        made = write(job, packer, proof, proof.chosen, refiner, times, trials.folder / "artifact")
+        told = evidence.gather(job, refiner, proof, proof.chosen, each, trials)
+        made = write(job, packer, proof, proof.chosen, refiner, times, told, trials.folder / "artifact")
         remember(job, refiner, made, trials)
         place(trials.folder / "artifact", settings.output)
     return Outcome(made, settings.output)
@@ -89,6 +110,24 @@ def calibrated(job: Job, trials: Trials) -> Statistics:
     statistics.save(file)
     trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
     return statistics
+
+
+def compare_texts(job: Job, trials: Trials) -> None:
+    """Warn of a calibration text that is far from what the model, or its evaluation, knows: another language, say."""
+    pair = [texts.take(windows, UNLIKE_TOKENS) for windows in (job.texts.calibration, job.texts.search)]
+
+    def make() -> list[float]:
+        report = lambda _, done, total: job.report("comparing texts", done, total)  # noqa: E731
+        found = [quality.score(job.graph, job.original, own, None, job.threads, report) for own in pair]
+        return [float(one.perplexity) if one else float("inf") for one in found]
+
+    with job.stage("calibration"):
+        own, other = trials.measure("unlike", [job.key, *map(texts.digest, pair)], make)
+    if own > UNLIKE * other:
+        job.say(
+            f"the calibration text is unlike the evaluation text: the original's perplexity is {own:,.1f} on it and "
+            f"{other:,.1f} there; text like the model's own use calibrates better"
+        )
 
 
 def seconds_per_token(job: Job, trials: Trials) -> float:
@@ -169,6 +208,7 @@ def write(
     chosen: Tried,
     refiner: Refiner,
     times: dict[Site, float],
+    told: Evidence,
     staging: Path,
 ) -> dict[str, Any]:
     """The artifact with its report, in `staging`; returns the report's document."""
@@ -182,7 +222,7 @@ def write(
     with job.stage("memory"):
         peaks = peak_memory(job, staging)
     schedule.overrun(job)
-    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)))
+    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)), told)
     report.write(staging, made, chosen.choices)
     return made
 

@@ -24,7 +24,7 @@ from hasten.evaluate.tasks import Task
 from hasten.graph.graph import Graph
 from hasten.search import budget as budgets
 from hasten.search import objective as objectives
-from hasten.search import samples, texts
+from hasten.search import peers, samples, texts
 from hasten.search.budget import Budgets
 from hasten.search.clock import Clock
 from hasten.search.objective import Objective
@@ -92,6 +92,8 @@ class Job:
     clock: Clock
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    peers: Json | None = None
+    """What `hasten.search.peers` read."""
     original_allowed: bool = True
     """Whether the original keeps the memory allowed: if not, the best is asked for and not one that is faster."""
 
@@ -149,6 +151,7 @@ def prepare(settings: Settings, report: Report, note: Note, clock: Clock | None 
         model.tokenizer, model.graph.context, settings.calibration, settings.eval, settings.model == "demo"
     )
     here = machine.describe()
+    beside = peers.read(settings.peers) if settings.peers else None
     packed = check_room(model, chosen, settings.output, here)
     original = model.weights(report)
     build = native_build()
@@ -171,6 +174,12 @@ def prepare(settings: Settings, report: Report, note: Note, clock: Clock | None 
         settings.threads or here.cores,
         clock or Clock(settings.minutes),
     )
+    job.peers = beside
+    if beside and beside["parameters"] != model.graph.parameters():
+        job.say(
+            f"{settings.peers} is of a model of {beside['parameters']:,} parameters, this one has "
+            f"{model.graph.parameters():,}: its points are shown all the same"
+        )
     for text in (*notes, *chosen.notes):
         job.say(text)
     return job

@@ -34,7 +34,7 @@ SHADES = (
 
 
 def candidates(document: Json, axis: str) -> str:
-    """Loss of every measured whole candidate, with its interval, over `axis`: "cost" or "bytes"."""
+    """Loss of every measured whole candidate, with its interval, over `axis`: "cost" or "bytes"; and the frontier."""
     part, limit = document["budget"]["parts"][0], document["budget"]["limit"]
     factor, kind, _ = SHOWN[part["measure"]]
     unit, divisor = _cost_unit(document) if axis == "cost" else ("MB of matrices", 1e6)
@@ -60,13 +60,16 @@ def candidates(document: Json, axis: str) -> str:
         parts.append(text(width - RIGHT, budget - 6, f"budget {part['text']}", anchor="end", size=11))
     origin = f"original: 0 at {number(_original(document, axis) / divisor)}"
     parts.append(text(width - RIGHT, 41, origin, anchor="end", size=11))
+    best = frontier([(p[axis], p["estimate"]) for p in points])
+    path = " ".join(f"{x(a / divisor):.1f},{y(b * factor):.1f}" for a, b in best)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{GREEN}" stroke-opacity="0.6" stroke-width="1.5"/>')
     for p in sorted(points, key=lambda p: bool(p["chosen"])):
         place = x(p[axis] / divisor), y(p["estimate"] * factor)
         fill = GREEN if p["chosen"] else BLUE if p["fits"] else GREY
         parts.append(f'<g opacity="0.45">{whisker(place[0], y(p["low"] * factor), y(p["high"] * factor))}</g>')
         loss = f"{number(p['estimate'] * factor)}{kind}"
         hover = f"{p['name']}: {loss}, {number(p[axis] / divisor)} {unit}\n{p['recipe']}"
-        parts.append(_dot(*place, fill, hover))
+        parts.append(dot(*place, fill, hover))
         if p["chosen"] or p["allowance"] is None:
             left = place[0] > 0.7 * width
             label = "chosen" if p["chosen"] else p["name"]
@@ -76,6 +79,15 @@ def candidates(document: Json, axis: str) -> str:
     what = LOSSES[part["measure"]]
     title = "Loss against size" if unit.startswith("MB") else "Loss against time"
     return svg(title, what + ", with 95% intervals", width, height, parts)
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both, by the first: Pareto's frontier."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
 
 
 def _cost_unit(document: Json) -> tuple[str, float]:
@@ -90,7 +102,8 @@ def _original(document: Json, axis: str) -> float:
     return sum(t["choices"][0].get("bytes", 0) for t in document["tensors"]) if axis == "bytes" else 0.0
 
 
-def _dot(x: float, y: float, fill: str, hover: str) -> str:
+def dot(x: float, y: float, fill: str, hover: str) -> str:
+    """A mark that says more on hover."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}"><title>{escape(hover)}</title></circle>'
 
 
