@@ -83,7 +83,7 @@ def test_budgets_that_say_nothing_or_cannot_be_proven(files, tmp_path) -> None: 
     with pytest.raises(BudgetError, match="cannot be proven with 30 questions"):
         run(settings(files, tmp_path / "o", budget=f"task={few}:-1pt"))
     few.write_text("\n".join(json.dumps({"prompt": f"a {i}", "answer": "never that"}) for i in range(60)))
-    with pytest.raises(BudgetError, match="answers none of 20 questions right"):
+    with pytest.raises(BudgetError, match="answers none of 20 questions right"):  # before calibration
         run(settings(files, tmp_path / "o", budget=f"task={few}:-50pt", objective="memory"))
     with pytest.raises(InputError, match="cannot read the task"):
         run(settings(files, tmp_path / "p", budget=f"task={tmp_path / 'none.jsonl'}:-1pt"))

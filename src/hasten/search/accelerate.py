@@ -70,6 +70,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
             note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
+        ask_original(job, trials)
         statistics = calibrated(job, trials)
         compare_texts(job, trials)
         packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
@@ -110,6 +111,19 @@ def calibrated(job: Job, trials: Trials) -> Statistics:
     statistics.save(file)
     trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
     return statistics
+
+
+def ask_original(job: Job, trials: Trials) -> None:
+    """A task that the original cannot do is refused before anything takes long. Raises BudgetError."""
+    with job.stage("tasks"):
+        for budget in job.budget.tasks:
+            assert budget.file is not None
+            task, key = samples.searched(job.tasks[budget.file]), [job.key, "original"]
+            right = quality.asked(
+                task, job.graph, job.threads, trials, key, lambda: job.original, "asking the original", job.report
+            )
+            if doubt := quality.check_task(budget, task, right):
+                job.say(doubt)
 
 
 def compare_texts(job: Job, trials: Trials) -> None:
@@ -187,7 +201,7 @@ def refine(
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
-    judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report)
+    judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report, job.key)
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
     later = schedule.reserve(job, each, final.tokens)
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from hasten.errors import BudgetError, CheckpointError
 from hasten.evaluate import paired, perplexity
 from hasten.evaluate.bootstrap import Interval, interval
 from hasten.evaluate.perplexity import Evaluation
+from hasten.evaluate.tasks import Task
 from hasten.graph.graph import Graph
 from hasten.search.budget import Budget, Budgets
 from hasten.search.samples import Sample
@@ -183,6 +183,38 @@ def score(
         return None
 
 
+def asked(
+    task: Task,
+    graph: Graph,
+    threads: int,
+    trials: Trials,
+    key: Json,
+    weights: Callable[[], Weights],
+    stage: str,
+    report: Report,
+) -> npt.NDArray[np.bool_]:
+    """Whether each question is answered right, bool [questions]; from `trials` where it was asked before."""
+
+    def ask() -> Json:
+        progress = lambda _, done, total: report(f"{stage}, {task.path.name}", done, total)  # noqa: E731
+        return task.right(graph, weights(), threads, progress).astype(int).tolist()
+
+    return np.array(trials.measure("task", [key, task.digest()], ask), bool)
+
+
+def check_task(budget: Budget, task: Task, right: npt.NDArray[np.bool_]) -> str | None:
+    """What is doubtful in the original's answers. Raises BudgetError where they leave nothing to lose."""
+    if not right.any():
+        raise BudgetError(
+            f"the budget '{budget}' says nothing: the original answers none of {len(right)} questions right",
+            "give a task that the model can do",
+        )
+    share, chance = float(right.mean()), task.chance()
+    if chance and share < chance + LIKELY * math.sqrt(chance * (1 - chance) / len(right)):
+        return f"the original's {share:.0%} on {task.path} are what guessing gets: a loss there says little"
+    return None
+
+
 @dataclass(frozen=True)
 class Judge:
     """Measures candidates on one sample, beside the original. The original is scored once."""
@@ -195,6 +227,8 @@ class Judge:
     trials: Trials
     key: Json
     report: Report
+    model_key: Json = None
+    """What measurements of the original alone depend on."""
 
     def read(self, name: str, facts: Json, weights: Callable[[], Weights]) -> Readings:
         """The readings of the candidate that `weights()` makes; `facts` say which it is."""
@@ -226,24 +260,12 @@ class Judge:
         return {b.measure: asdict(reading(b, found)) for b in self.budgets.on_text}
 
     def _on_task(self, name: str, budget: Budget, facts: Json, weights: Callable[[], Weights]) -> Reading:
-        original = self.right(f"asking the original, {budget.file}", budget, "original", lambda: self.original)
-        if not original.any():
-            raise BudgetError(
-                f"the budget '{budget}' says nothing: the original answers none of {len(original)} questions right",
-                "give a task that the model can do",
-            )
-        return task_reading(original, self.right(f"asking {name}", budget, facts, weights))
-
-    def right(self, stage: str, budget: Budget, facts: Json, weights: Callable[[], Weights]) -> npt.NDArray[Any]:
-        """Whether each question of the sample is answered right: bool [questions]."""
         assert budget.file is not None
-        task = self.sample.tasks[budget.file]
-
-        def ask() -> Json:
-            report = lambda _, done, total: self.report(stage, done, total)  # noqa: E731
-            return task.right(self.graph, weights(), self.threads, report).astype(int).tolist()
-
-        return np.array(self.trials.measure("task", [self.key, task.digest(), facts], ask), bool)
+        task, common = self.sample.tasks[budget.file], (self.graph, self.threads, self.trials)
+        key = [self.model_key, "original"]
+        original = asked(task, *common, key, lambda: self.original, "asking the original", self.report)
+        own = asked(task, *common, [self.key, facts], weights, f"asking {name}", self.report)
+        return task_reading(original, own)
 
     def _score(self, stage: str, weights: Weights, reference: Weights | None) -> Evaluation | None:
         report = lambda _, done, total: self.report(stage, done, total)  # noqa: E731

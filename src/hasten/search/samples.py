@@ -54,7 +54,7 @@ def cut(
     shares = {b.file: b for b in budgets.tasks if b.file}
     for path, budget in shares.items():
         count = min(count, max(1, int(_left(tasks[path]) / (AMPLE * fewest_questions(budget.limit)))))
-    search = {path: task.part(0, len(task) - _left(task)) for path, task in tasks.items()}
+    search = {path: searched(task) for path, task in tasks.items()}
     finals = []
     for number in range(count):
         parts = {}
@@ -77,6 +77,11 @@ def check(tasks: Mapping[Path, Task], budgets: Budgets) -> None:
                 "even a model that answers just as the original does might lose more",
                 f"give at least {fewest} questions, a few times as many to leave room for the search; or more points",
             )
+
+
+def searched(task: Task) -> Task:
+    """The questions that the search may use."""
+    return task.part(0, len(task) - _left(task))
 
 
 def _left(task: Task) -> int:
