@@ -25,7 +25,9 @@ MLP, ATTENTION = "model.layers.{}.mlp.{}_proj.weight", "model.layers.{}.self_att
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model.write(tmp_path_factory.mktemp("models") / "original", num_hidden_layers=3)
+    return small_model.write(
+        tmp_path_factory.mktemp("models") / "original", num_hidden_layers=3, tie_word_embeddings=False
+    )
 
 
 def recipe(structure: Any, tensors: Any = None) -> str:
@@ -124,6 +126,11 @@ CASES: dict[str, tuple[Any, Any, Structure | None]] = {
     ),
     "energy": ({"low_rank": [{"match": "*_proj.weight", "energy": "70%"}]}, None, None),
     "share": ({"low_rank": [{"match": "*_proj.weight", "keep": "60%"}]}, None, None),
+    "head": (
+        {"low_rank": [{"match": "lm_head.weight", "rank": 40}]},
+        None,
+        Structure((), {}, {"lm_head.weight": LowRank(40)}),
+    ),
     "residual": (
         {"low_rank": [{"match": "*.down_proj.weight", "rank": 8, "residual": True}]},
         [{"match": "*_proj.weight", "format": "int3-g64"}, {"match": "*.left", "format": "int8-g64"}],
