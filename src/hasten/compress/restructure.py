@@ -17,7 +17,7 @@ from hasten import formats
 from hasten.backends.batch import Int32, Limits
 from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model
-from hasten.compress import calibrate, stream
+from hasten.compress import calibrate, folds, stream
 from hasten.compress.calibrate import Report, Weights
 from hasten.compress.recipe import KEEP, Choice
 from hasten.compress.statistics import Statistics
@@ -44,6 +44,7 @@ class Run:
     kv_format: KvFormat
     threads: int = 0
     report: Report | None = None
+    folds: tuple[str, ...] = ()
 
     @property
     def limits(self) -> Limits:
@@ -52,7 +53,8 @@ class Run:
     def task(self, model: Model, choices: Mapping[str, Choice]) -> Task:
         """The packing of what `model` has; a matrix that `choices` does not name stays as it is."""
         own = {m.name: choices.get(m.name, KEEP) for m in model.graph.matrices()}
-        return Task(model, own, self.windows, self.kv_format, self.threads)
+        by_block = tuple(name for name in self.folds if not folds.get(name).WHOLE)
+        return Task(model, own, self.windows, self.kv_format, self.threads, by_block)
 
 
 def compress(
@@ -62,6 +64,7 @@ def compress(
 
     Raises InputError for a plan that `choices` make meaningless, and what apply, correct and stream.compress raise.
     """
+    model = stream.turned(model, [name for name in run.folds if folds.get(name).WHOLE], choices)
     if plan:
         _check(plan, choices)
         model = apply(model, plan, run)
