@@ -178,7 +178,7 @@ def test_a_recipe_with_folds(files, tmp_path, capsys, fold: str) -> None:
     capsys.readouterr()
     assert main(["eval", str(out), "--reference", str(files[0]), "--data", str(files[1]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["kl_divergence"] < 0.1
+    assert found["kl_divergence"] < 0.3  # of random weights in four bits; a wrong fold gives several nats
 
 
 def test_wrong_folds(files, tmp_path, capsys) -> None:
