@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +17,20 @@ from hasten.checkpoint.files import read_object, read_optional_object
 from hasten.checkpoint.gguf import model as gguf
 from hasten.checkpoint.gguf.reader import File
 from hasten.checkpoint.huggingface import Tensors, by_source, locate
+from hasten.checkpoint.overlay import Overlay
 from hasten.checkpoint.quantized import Quantized, quantization_of
 from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
 from hasten.graph.ops import Norm
+from hasten.graph.structure import Structure, parse, restructured
 
 Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where weights come from: huggingface.Tensors, artifact.Artifact, quantized.Quantized or gguf.Container."""
+    """Where weights come from: Tensors, Artifact, Quantized, gguf.Container or Overlay."""
 
     dtype: str
     bytes_on_disk: int
@@ -54,6 +56,8 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     """hasten.json, or {}."""
     store: Store | None = None
+    structure: Structure = field(default_factory=Structure)
+    """How `graph` departs from what `config` builds."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -78,6 +82,11 @@ class Model:
     def formats(self) -> dict[str, str]:
         """Format of every matrix by weight name."""
         return {spec.name: self._store.format(spec) for spec in self.graph.matrices()}
+
+    @property
+    def kv_formats(self) -> tuple[str, ...]:
+        """The format of each layer's cache that an artifact was made for; empty where none was chosen."""
+        return tuple(self.facts.get("kv_formats", ()))
 
     @property
     def bytes_on_disk(self) -> int:
@@ -119,7 +128,13 @@ class Model:
 
     def at_context(self, context: int) -> Model:
         """This model built for sequences up to `context`, on which rope may depend. Raises ContextError."""
-        return replace(self, graph=models.build(self.config, context))
+        return replace(self, graph=restructured(models.build(self.config, context), self.structure))
+
+    def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
+        """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
+        whole = self.structure.then(later, models.build(self.config, self.graph.context))
+        store = Overlay(self._store, new)
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
 
 
 def open(source: str, weights: bool = True) -> Model:
@@ -144,10 +159,12 @@ def open(source: str, weights: bool = True) -> Model:
     dtype = {"float16": "f16", "bfloat16": "bf16"}.get(stated, "f32")
     common: dict[str, Any] = {"source": source, "path": directory, "config": config, "generation": generation}
     if not weights:
-        return Model(**common, graph=graph, kind="config", dtype=dtype)
+        structure = parse(read_optional_object(directory / FACTS).get("structure", {}))
+        return Model(**common, graph=restructured(graph, structure), kind="config", dtype=dtype, structure=structure)
     if (path / FACTS).exists():
         artifact = Artifact(path, graph)
-        return Model(**common, graph=graph, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
+        common |= {"graph": artifact.graph, "structure": artifact.structure}
+        return Model(**common, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
     if quantization is not None:
         quantized = Quantized(path, config, quantization, graph)
         return Model(**common, graph=graph, kind="quantized", dtype=quantized.dtype, store=quantized)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hasten.backends import feed
 from hasten.backends.batch import Float32, Int32, Limits, Program
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.errors import CheckpointError, InputError
 from hasten.evaluate.bootstrap import interval
@@ -45,6 +46,8 @@ class Evaluation:
     """One array a window: natural logarithms of the probability of each scored token."""
     reference_logprobs: list[Float32] | None = None
     divergences: list[npt.NDArray[np.float64]] | None = None
+    agreements: list[npt.NDArray[np.bool_]] | None = None
+    """One array a window: whether both models' most likely token is the same."""
 
     def summary(self) -> dict[str, Any]:
         """The figures, by the names that `hasten eval --json` prints."""
@@ -57,23 +60,26 @@ class Evaluation:
         }
 
 
-def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: str = "bf16", threads: int = 0) -> Limits:
+def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: KvFormat = "bf16", threads: int = 0) -> Limits:
     """Limits of a program that scores `windows`: few enough rows at once for their logits to stay small."""
     chunk = max(32, min(256, LOGITS_AT_ONCE // max(graph.vocabulary, 1)))
     return feed.window_limits(max(len(w) for w in windows), chunk, kv_format=kv_format, threads=threads)
 
 
 def predict(
-    models: Sequence[tuple[Graph, Mapping[str, str]]], windows: Sequence[Int32], kv_format: str = "auto"
+    models: Sequence[tuple[Graph, Mapping[str, str]]],
+    windows: Sequence[Int32],
+    kv_format: KvFormat = "auto",
+    reference_kv_format: KvFormat = "auto",
 ) -> memory.Prediction:
-    """What measuring `models` (graph, format of each matrix) together takes, the first with a cache in `kv_format`."""
+    """What measuring `models` (graph, format of each matrix) together takes: a model, and perhaps its reference."""
     parts = [
         memory.predict(
             graph,
             memory.weight_bytes(graph, stored),
-            limits_for(graph, windows, kv_format=memory.kv_format(stored.values(), "auto" if index else kv_format)),
+            limits_for(graph, windows, kv_format=memory.kv_format(stored.values(), asked)),
         )
-        for index, (graph, stored) in enumerate(models)
+        for (graph, stored), asked in zip(models, (kv_format, reference_kv_format), strict=False)
     ]
     return memory.Prediction(*(sum(column) for column in zip(*(astuple(p) for p in parts), strict=True)))
 
@@ -84,12 +90,13 @@ def measure(
     windows: Sequence[Int32],
     *,
     reference: tuple[Graph, Weights] | None = None,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
+    reference_kv_format: KvFormat = "auto",
     threads: int = 0,
     report: Report | None = None,
 ) -> Evaluation:
-    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto", always the reference's,
-    is what a model is served with.
+    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto" is what a model of such weights
+    is served with, where it is no artifact with a choice of its own.
 
     Raises as `score` does, InputError where the vocabularies differ, BackendError where the backend cannot run a graph.
     """
@@ -101,11 +108,11 @@ def measure(
             "compare models that share a tokenizer",
         )
 
-    def program(graph: Graph, weights: Weights, asked: str) -> Program:
+    def program(graph: Graph, weights: Weights, asked: KvFormat) -> Program:
         kv = memory.kv_format((w.format.name for w in weights.values() if isinstance(w, Weight)), asked)
         return native.compile(graph, weights, limits_for(graph, windows, kv_format=kv, threads=threads))
 
-    other = program(*reference, "auto") if reference else None
+    other = program(*reference, reference_kv_format) if reference else None
     return score(program(graph, weights, kv_format), windows, other, report)
 
 
@@ -125,7 +132,8 @@ def score(
     own: list[list[Float32]] = [[] for _ in windows]
     other: list[list[Float32]] = [[] for _ in windows]
     apart: list[list[npt.NDArray[np.float64]]] = [[] for _ in windows]
-    agreed = done = 0
+    same: list[list[npt.NDArray[np.bool_]]] = [[] for _ in windows]
+    done = 0
     for index, start, batch in feed.windows([w[:-1] for w in windows], program.limits):
         targets = windows[index][start + 1 : start + 1 + len(batch.tokens)]  # [rows], what each row should say next
         outputs = program.step(batch)
@@ -134,18 +142,18 @@ def score(
             expected = reference.step(batch)
             other[index].append(expected.score(targets))
             apart[index].append(outputs.divergence(expected))
-            agreed += int(np.count_nonzero(outputs.argmax() == expected.argmax()))
+            same[index].append(outputs.argmax() == expected.argmax())
         done += len(targets)
         if report:
             report("scoring", done, total)
-    return _evaluation(own, other if reference else None, apart, agreed)
+    return _evaluation(own, other if reference else None, apart, same)
 
 
 def _evaluation(
     own: list[list[Float32]],
     other: list[list[Float32]] | None,
     apart: list[list[npt.NDArray[np.float64]]],
-    agreed: int,
+    same: list[list[npt.NDArray[np.bool_]]],
 ) -> Evaluation:
     logprobs = [np.concatenate(w) for w in own]
     if not all(np.isfinite(w).all() for w in logprobs):
@@ -153,13 +161,15 @@ def _evaluation(
     tokens = sum(len(w) for w in logprobs)
     found = interval([-w for w in logprobs], np.exp)
     divergences = [np.concatenate(w) for w in apart] if other else None
+    agreements = [np.concatenate(w) for w in same] if other else None
     return Evaluation(
         perplexity=found.estimate,
         ci95=(found.low, found.high) if np.isfinite(found.low) else None,
         tokens=tokens,
         kl_divergence=float(sum(w.sum() for w in divergences) / tokens) if divergences else None,
-        top1_agreement=agreed / tokens if divergences else None,
+        top1_agreement=sum(int(np.count_nonzero(w)) for w in agreements) / tokens if agreements else None,
         logprobs=logprobs,
         reference_logprobs=[np.concatenate(w) for w in other] if other else None,
         divergences=divergences,
+        agreements=agreements,
     )

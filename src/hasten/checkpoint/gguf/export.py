@@ -63,6 +63,10 @@ def write_gguf(
     """
     if kind is not None and kind not in KINDS:
         raise CheckpointError(f"there is no GGUF type '{kind}' here", f"one of: {', '.join(KINDS)}")
+    if model.structure:
+        raise CheckpointError(
+            f"{model.source} departs from its config.json, which cannot be written as GGUF", "export it --to onnx"
+        )
     chosen = kinds(model, kind)
     most = Counter(
         {k: sum(int(np.prod(model.graph.weights[n].shape)) for n in chosen if chosen[n] is k) for k in chosen.values()}
