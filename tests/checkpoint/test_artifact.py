@@ -177,7 +177,9 @@ def first(tensors: dict[str, Any], **fields: Any) -> dict[str, Any]:
 TAMPERED: list[tuple[Any, str]] = [
     (lambda p: (p / "hasten.json").unlink(), "holds no weights"),
     (lambda p: (p / "hasten.json").write_text("{"), "not valid JSON"),
-    (lambda p: change(p, format_version=2), "format version 2, this hasten reads 1"),
+    (lambda p: change(p, format_version=3), "format version 3, this hasten reads 1 and 2"),
+    (lambda p: change(p, format_version=2), "format version 2, and no other, states a structure"),
+    (lambda p: change(p, structure={"dropped": [0]}), "format version 2, and no other, states a structure"),
     (lambda p: change(p, format_version=True), "format version True, this hasten reads 1"),
     (lambda p: change(p, files=lambda f: {k: v for k, v in f.items() if k != "config.json"}), "does not name config"),
     (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hasten.bench import latency, machine, peak
-from hasten.search import candidates, cost
+from hasten.search import batches, candidates, cost, domains
 from hasten.search.accelerate import accelerate
 from hasten.search.job import Settings
 from hasten.search.trials import Trials
@@ -38,6 +38,7 @@ def main(model: str, text: str, output: str, moment: str) -> None:
     peak.peak_memory = lambda source, **sizes: 1_000_000
     latency.ENOUGH_SECONDS = 0.0
     candidates.FORMATS = ("bf16", "int8-g64", "int4-g32", "codebook4-g64")
+    domains.TOKENS, batches.SIZES = 600, (1, 2)
     cost.seconds = lambda site, cold, threads: 1e-6
     Trials.put = counted("put", Trials.put)
     os.fsync, os.rename, shutil.rmtree = (

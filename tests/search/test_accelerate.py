@@ -26,6 +26,7 @@ from hasten.search import accelerate as flow
 from hasten.search import job, quality, speed, texts, trials
 from hasten.search.accelerate import Outcome, accelerate
 from hasten.search.job import Settings
+from hasten.search.samples import Sample
 from hasten.search.speed import Gain
 
 
@@ -44,6 +45,8 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("hasten.bench.peak.peak_memory", lambda source, **sizes: 1_000_000)
     monkeypatch.setattr("hasten.bench.latency.ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr("hasten.search.cost.seconds", lambda site, cold, threads: by_size(site))
+    monkeypatch.setattr("hasten.search.domains.TOKENS", 600)
+    monkeypatch.setattr("hasten.search.batches.SIZES", (1, 2))
 
 
 def by_size(site) -> float:
@@ -58,13 +61,13 @@ def as_fast(factor: float, monkeypatch) -> None:
     def compare(*args, **sizes):
         run, speeds = real(*args, **{**sizes, "rounds": 1})
         fixed = Gain(factor, factor * 0.99, factor * 1.01)
-        return run, [replace(s, decode=fixed, prefill=fixed) for s in speeds]
+        return run, [replace(s, decode=fixed, prefill=fixed, together=fixed) for s in speeds]
 
     monkeypatch.setattr(speed, "compare", compare)
 
 
-def settings(files, output: Path, minutes: float = 0.01, **others) -> Settings:
-    return Settings(str(files[0]), output, eval=files[1], threads=1, minutes=minutes, **others)
+def settings(files, output: Path, **others) -> Settings:
+    return Settings(str(files[0]), output, eval=files[1], threads=1, **others)
 
 
 def run(given: Settings) -> tuple[Outcome, list[str]]:
@@ -94,7 +97,7 @@ def test_from_model_to_proven_artifact(files, tmp_path, monkeypatch) -> None:
     page = (out / "report.html").read_text()
     for forbidden in ("http://", "https://", "<script", "<link", "@import", "url("):
         assert forbidden not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
 
 
 def test_the_figures_are_those_of_the_artifact(files, tmp_path, monkeypatch) -> None:
@@ -140,7 +143,7 @@ def test_nothing_faster(files, tmp_path, monkeypatch, capsys) -> None:
     assert "0.80 times" in outcome.reason
     assert list(tmp_path.iterdir()) == []
     arguments = ["accelerate", str(files[0]), "-o", str(out), "--budget", "ppl=5%", "--eval", str(files[1])]
-    assert main([*arguments, "--minutes", "0.01", "--json"]) == 1
+    assert main([*arguments, "--json"]) == 1
     printed = capsys.readouterr()
     assert json.loads(printed.out)["output"] is None
     assert "nothing was written" in printed.err
@@ -170,7 +173,7 @@ def test_a_failed_proof_takes_a_fresh_slice_and_a_more_careful_candidate(files, 
     looks: list[bytes] = []
     prove, measure = flow.prove, quality.reading
 
-    def halved(given, refiner, slices, store):
+    def halved(given, refiner, slices, store, *known):
         """This text is short for two attempts; and every more careful candidate is worth one."""
         allocated = refiner.allocated
 
@@ -179,7 +182,9 @@ def test_a_failed_proof_takes_a_fresh_slice_and_a_more_careful_candidate(files, 
             refiner.tried[:] = [replace(t, fits=t.fits or t is one) for t in refiner.tried]
 
         refiner.allocated = fitting
-        return prove(given, refiner, [slices[0][: len(slices[0]) // 2], slices[0][len(slices[0]) // 2 :]], store)
+        windows = slices[0].windows
+        half = len(windows) // 2
+        return prove(given, refiner, [Sample(windows[:half]), Sample(windows[half:])], store, *known)
 
     def unlucky(budget, evaluation, level):
         """The first look finds the budget exceeded."""
@@ -215,7 +220,7 @@ def test_interrupted_and_started_again(files, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(trials.Trials, "put", put)
     out = tmp_path / "fast"
-    ample = {"budget": "ppl=5%", "minutes": 10.0}  # so that what is measured does not hang on the clock
+    ample = {"budget": "ppl=5%"}
     undisturbed, _ = run(settings(files, tmp_path / "other", **ample))
     expected = sorted(made)
     made.clear()

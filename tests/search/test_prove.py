@@ -8,20 +8,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from search.test_refine import Judge, space
+from search.test_refine import Judge, refiner, space
 
 from hasten.errors import CheckpointError
 from hasten.evaluate import perplexity
 from hasten.evaluate.perplexity import Evaluation
 from hasten.search import prove as proving
 from hasten.search import quality, speed
-from hasten.search.budget import parse
+from hasten.search.budget import parse, parse_all
+from hasten.search.objective import Objective
 from hasten.search.quality import Reading
-from hasten.search.refine import Refiner
+from hasten.search.samples import Sample
 from hasten.search.speed import Gain, Speed
 from hasten.search.trials import Trials
 
-SLICES = [[np.full(65, 100 * s + w, np.int32) for w in range(30)] for s in range(3)]
+WINDOWS = [[np.full(65, 100 * s + w, np.int32) for w in range(30)] for s in range(3)]
+SLICES = [Sample(windows) for windows in WINDOWS]
 
 
 class World:
@@ -42,7 +44,7 @@ class World:
         own = [b - np.float32(loss) + n for b, n in zip(base, noise, strict=True)]
         return Evaluation(7.4, (7.0, 8.0), 1920, loss, 0.9, own, base, [np.full(64, loss)] * 30)
 
-    def compare(self, graph, original, candidates, *, threads, rounds, report):
+    def compare(self, graph, original, candidates, *, objective, threads, rounds, report):
         found = []
         for n in range(len(candidates)):
             gain = self.gains(rounds, n)
@@ -52,18 +54,18 @@ class World:
 
 
 def prove(folder: Path, count: int = 3, objective: str = "decode"):
-    budget, notes = parse("ppl=1%"), []
+    budget, notes = parse_all("ppl=1%"), []
     job = SimpleNamespace(
         key="k", budget=budget, graph=None, original={}, threads=1, report=lambda *a: None, say=notes.append
     )
     job.stage = lambda name: nullcontext()
-    job.settings = SimpleNamespace(objective=objective)
+    job.objective, job.original_allowed = Objective(objective), True
     world = space()
-    refiner = Refiner(world, Judge(world, 1.0), lambda choices: {}, budget, 40_000, [])
-    refiner.uniforms()
-    refiner.search()
+    one = refiner(world, Judge(world, 1.0))
+    one.uniforms()
+    one.search()
     with Trials(folder, keep=True) as trials:
-        return proving.prove(job, refiner, SLICES[:count], trials), notes, trials
+        return proving.prove(job, one, SLICES[:count], trials), notes, trials
 
 
 def test_each_attempt_takes_other_tokens_and_asks_for_more(tmp_path: Path, monkeypatch) -> None:
@@ -87,8 +89,8 @@ def test_a_slice_is_looked_at_once_whatever_the_clock_says(tmp_path: Path, monke
     world.gains = lambda rounds, n: 2.0 + 0.1 * n
     world.losses = [0.001]
     second, _, trials = prove(tmp_path)
-    assert world.looks[0] == {int(w[0]) for w in SLICES[0]}
-    assert world.looks[1:] == [{int(w[0]) for w in SLICES[1]}]
+    assert world.looks[0] == {int(w[0]) for w in WINDOWS[0]}
+    assert world.looks[1:] == [{int(w[0]) for w in WINDOWS[1]}]
     assert second.attempts[0] == first.attempts[0]
     assert trials.reused == 1
     assert second.attempts[1].holds
@@ -136,9 +138,9 @@ def test_the_judge_records_a_broken_candidate_and_blames_the_original_for_its_ow
 
         monkeypatch.setattr(perplexity, "measure", scored)
         with Trials(folder, keep=True) as trials:
-            one = quality.Judge(None, original, SLICES[0], parse(measure), 1, trials, "k", lambda *a: None)
-            found = one.read("c", "facts", lambda: candidate)
-            assert one.read("c", "facts", lambda: candidate) == found
+            one = quality.Judge(None, original, SLICES[0], parse_all(measure), 1, trials, "k", lambda *a: None)
+            (found,) = one.read("c", "facts", lambda: candidate)
+            assert one.read("c", "facts", lambda: candidate) == (found,)
         return found
 
     original, candidate = {"o": 1}, {"c": 1}

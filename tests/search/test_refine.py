@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 
 from hasten.bench.latency import Times
 from hasten.compress.recipe import KEEP, Choice
+from hasten.errors import BudgetError
 from hasten.search import speed
-from hasten.search.budget import parse
+from hasten.search.budget import Budgets, parse_all
 from hasten.search.candidates import Tensor
-from hasten.search.quality import Reading, ratio_reading
+from hasten.search.quality import Bounds, Reading, Readings, ratio_reading
 from hasten.search.refine import ROUNDS, Refiner, Space, next_allowance
 
 SMALL, LARGE = Choice("int4-g64", "clip"), Choice("int8-g64", "clip")
@@ -24,35 +26,99 @@ def space(count: int = 12, seed: int = 0) -> Space:
 
 
 class Judge:
-    """A world in which the whole's loss is `factor` times its parts' sum to a power, known within `spread`."""
+    """A world in which the whole's loss is `factor` times its parts' sum to a power, known within `spread`.
 
-    def __init__(self, space: Space, factor: float, power: float = 1.0, spread: float = 0.0) -> None:
+    Of further parts of a budget the loss is so many times as large as `further` says.
+    """
+
+    def __init__(self, space: Space, factor: float, power: float = 1.0, spread: float = 0.0, further=()) -> None:
         self.space, self.factor, self.power, self.spread, self.calls = space, factor, power, spread, 0
+        self.further = further
 
-    def read(self, name, facts, weights) -> Reading:
+    def loss(self, facts) -> float:
+        rows = zip(self.space.tensors, self.space.losses, strict=True)
+        return self.factor * sum(row[t.choices.index(Choice(*facts[t.name]))] for t, row in rows) ** self.power
+
+    def read(self, name, facts, weights) -> Readings:
         self.calls += 1
-        total = sum(
-            row[t.choices.index(Choice(*facts[t.name]))]
-            for t, row in zip(self.space.tensors, self.space.losses, strict=True)
-        )
-        loss = self.factor * total**self.power
-        return Reading(loss, loss - self.spread, loss + self.spread, 10_000)
+        losses = [self.loss(facts) * times for times in (1.0, *self.further)]
+        return tuple(Reading(v, v - self.spread, v + self.spread, 10_000) for v in losses)
+
+
+def refiner(world: Space, judge: Judge, budget: str = "ppl=1%", most_bytes: int | None = None) -> Refiner:
+    budgets: Budgets = parse_all(budget)
+    bounds = Bounds(budgets, (40_000,) * len(budgets.parts))
+    return Refiner(world, judge, lambda choices: {}, bounds, most_bytes, [])
 
 
 @pytest.mark.parametrize(("factor", "power"), [(1.0, 1.0), (0.2, 1.0), (6.0, 1.0), (30.0, 1.5), (0.3, 0.7)])
 def test_comes_near_the_budget_from_below(factor: float, power: float) -> None:
     world = space()
     judge = Judge(world, factor, power)
-    refiner = Refiner(world, judge, lambda choices: {}, parse("ppl=1%"), 40_000, [])
-    refiner.search()
-    fitting = [t for t in refiner.tried if t.fits]
+    one = refiner(world, judge)
+    one.search()
+    fitting = [t for t in one.tried if t.fits]
     assert judge.calls <= ROUNDS
     assert all(t.reading.estimate <= 0.01 for t in fitting)
     # Nothing that a finer sweep of allowances finds within the budget is much cheaper.
     sweep = [world.allocate(a) for a in np.geomspace(1e-5, 1.0, 150)]
-    within = [c for c in sweep if judge.read("", {n: [k.format, k.method] for n, k in c.items()}, None).high <= 0.01]
+    within = [c for c in sweep if judge.loss({n: [k.format, k.method] for n, k in c.items()}) <= 0.01]
     best = min(world.cost(c) for c in within)
     assert min(t.cost for t in fitting) <= 1.12 * best
+
+
+@pytest.mark.parametrize("further", [0.1, 1.0, 30.0])
+def test_every_part_of_a_budget_holds(further: float) -> None:
+    """The second part uses itself up sooner or later than the first: the stricter one decides."""
+    world = space()
+    one = refiner(world, Judge(world, 1.0, further=(further,)), "ppl=1%,kl=0.02")
+    one.search()
+    fitting = [t for t in one.tried if t.fits]
+    assert fitting
+    for tried in fitting:
+        assert tried.readings[0].estimate <= 0.01
+        assert tried.readings[1].estimate <= 0.02
+    used = max(max(t.readings[0].estimate / 0.01, t.readings[1].estimate / 0.02) for t in fitting)
+    assert 0.6 < used <= 1.0
+    failing = [t for t in one.tried if not t.fits]
+    assert all(t.readings[0].estimate > 0.01 or t.readings[1].estimate > 0.02 for t in failing)
+
+
+def test_bytes_are_bounded_too() -> None:
+    world = space()
+    free = refiner(world, Judge(world, 1.0))
+    free.search()
+    least = min(t.bytes for t in free.tried if t.fits)
+    most = (least + world.bytes(world.original)) // 3
+    bound = refiner(world, Judge(world, 1.0), "ppl=100%", most)
+    bound.search()
+    assert bound.tried
+    assert all(t.bytes <= most for t in bound.tried if t.fits)
+    tight = refiner(world, Judge(world, 1.0), "ppl=0.01%", most)
+    tight.search()  # what keeps the bytes does not keep the budget: it is measured, and does not fit
+    assert tight.tried
+    assert not any(t.fits for t in tight.tried)
+    assert all(t.bytes <= most for t in tight.tried)
+    nothing = refiner(world, Judge(world, 1.0), "ppl=100%", world.least_bytes() - 1)
+    nothing.search()
+    assert nothing.tried == []
+
+
+def test_the_most_faithful_within_a_cost() -> None:
+    """Against every combination of a small world."""
+    world = space(5)
+    for limit in (5.0, 9.5, 14.5, 20.5):  # off what sums to it exactly
+        found = world.most_faithful(limit)
+        assert world.cost(found) <= limit
+        losses = [
+            sum(world.losses[t][c] for t, c in enumerate(picks))
+            for picks in itertools.product(range(3), repeat=5)
+            if sum(world.costs[t][c] for t, c in enumerate(picks)) <= limit
+        ]
+        own = sum(row[t.choices.index(found[t.name])] for t, row in zip(world.tensors, world.losses, strict=True))
+        assert own == pytest.approx(min(losses), rel=1e-5, abs=1e-12)
+    with pytest.raises(BudgetError):
+        world.most_faithful(4.9)
 
 
 def test_uniform_candidates_keep_what_is_only_looked_up() -> None:

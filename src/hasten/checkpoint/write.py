@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.checkpoint import safetensors
-from hasten.checkpoint.artifact import FACTS, VERSION, block_shapes
+from hasten.checkpoint.artifact import FACTS, RESTRUCTURED, VERSION, block_shapes
 from hasten.errors import CheckpointError, OutputError
 from hasten.formats.base import Float32, Weight
 
@@ -164,11 +164,12 @@ def _fill(
         for name, weight in weights.items()
     }
     document = {
-        "format_version": VERSION,
+        "format_version": RESTRUCTURED if model.structure else VERSION,
         "hasten": metadata.version("hasten") if _installed() else "source",
         "source": model.source,
         "dtype": model.dtype,
         "blocks": block_shapes(model.graph),
+        **({"structure": model.structure.json()} if model.structure else {}),
         "tensors": tensors,
         "files": files,
         **facts,

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hasten.cli.cache import size_in_bytes
 from hasten.cli.options import argument, option, required
 from hasten.cli.progress import reporter
 
@@ -17,31 +18,64 @@ HELP = "make a model faster on this machine, within a quality budget"
 class Options:
     model: str = argument(help="a Hugging Face directory, a hub id, a hasten artifact, or demo")
     output: Path = required("-o", help="directory to write; must not exist", metavar="OUT")
-    budget: str = option("ppl=1%", help="ppl=P% (growth of perplexity) or kl=N (nats a token from the original)")
+    budget: tuple[str, ...] = option(
+        (),
+        help="what may be lost: ppl=P% (growth of perplexity), kl=N (nats a token from the original), agree=P% (tokens "
+        "whose likeliest next one stays), task=FILE.jsonl:-Npt (accuracy); several with commas or again: all must hold "
+        "(default: ppl=1%, or with --target the least that reaches it)",
+        metavar="BUDGET",
+        repeat=True,
+    )
     calibration: Path | None = option(None, help="text to gather statistics on", metavar="FILE")
     eval: Path | None = option(None, help="text to search and to prove the budget on", metavar="FILE")
-    objective: str = option("decode", help="what to make cheap", choices=("decode", "prefill", "memory"))
+    other: Path | None = option(None, help="text of another domain, to see how quality holds there", metavar="FILE")
+    objective: str | None = option(
+        None, help="what to make cheap (default: decode)", choices=("decode", "prefill", "throughput", "memory")
+    )
+    batch: int | None = option(
+        None, help="sequences that step together (default: 1, with --objective throughput 16)", metavar="N"
+    )
+    lengths: str | None = option(None, help="tokens of a prompt and new ones (default: 512:64)", metavar="PROMPT:NEW")
+    trace: Path | None = option(None, help="take the lengths from a trace, as bench-serve reads it", metavar="FILE")
+    target: str | None = option(
+        None, help="a speed to reach with the least loss, as decode=50tok/s or prefill=2000tok/s", metavar="PART=RATE"
+    )
+    memory_cap: str | None = option(
+        None, help="that weights, cache and buffers may take when it serves, as 500MB", metavar="SIZE"
+    )
     threads: int = option(0, help="threads to use; 0: all that this process may")
-    minutes: float = option(10.0, help="time to measure sensitivities for, at most")
+    minutes: float | None = option(
+        None, help="time for all of it; the best known by then is proven (default: as long as it takes)", metavar="N"
+    )
+    peers: Path | None = option(
+        None, help="report.json of `hasten bench --against`, whose engines the report shows beside", metavar="FILE"
+    )
     keep_work: bool = option(False, help="keep the folder OUT.work with all measurements")
     json: bool = option(False, help="print everything found as JSON")
 
 
 def run(options: Options) -> int:
-    from hasten.search import document
+    from hasten.search import table
     from hasten.search.accelerate import accelerate
     from hasten.search.job import Settings
 
     settings = Settings(
-        options.model,
-        options.output,
-        options.budget,
-        options.calibration,
-        options.eval,
-        options.objective,
-        options.threads,
-        options.minutes,
-        options.keep_work,
+        model=options.model,
+        output=options.output,
+        budget=options.budget,
+        calibration=options.calibration,
+        eval=options.eval,
+        objective=options.objective,
+        threads=options.threads,
+        minutes=options.minutes,
+        keep_work=options.keep_work,
+        batch=options.batch,
+        lengths=options.lengths,
+        trace=options.trace,
+        target=options.target,
+        memory_cap=None if options.memory_cap is None else size_in_bytes(options.memory_cap),
+        other=options.other,
+        peers=options.peers,
     )
     try:
         with reporter() as report:
@@ -55,17 +89,17 @@ def run(options: Options) -> int:
         print(f"{outcome.reason}; nothing was written", file=sys.stderr if options.json else sys.stdout)
         return 1
     if not options.json:
-        show(document.rows(outcome.document))
-        print(f"\n{document.headline(outcome.document)}.")
+        show(table.rows(outcome.document))
+        print(f"\n{table.headline(outcome.document)}.")
         print(f"artifact: {outcome.output}\nreport:   {outcome.output / 'report.html'}")
     return 0
 
 
 def show(rows: list[tuple[str, str, str, str]]) -> None:
     """The table in columns, plain."""
-    table = [("", "original", "accelerated", "change"), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(4)]
-    for number, row in enumerate(table):
+    lines = [("", "original", "accelerated", "change"), *rows]
+    widths = [max(len(row[i]) for row in lines) for i in range(4)]
+    for number, row in enumerate(lines):
         first, *rest = (
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )

@@ -23,20 +23,34 @@ from typing import Any, NoReturn
 from hasten.errors import InputError
 
 
-def argument(*, help: str, metavar: str | None = None) -> Any:
-    """A positional argument."""
-    return dataclasses.field(metadata={"positional": True, "help": help, "metavar": metavar})
+def argument(*, help: str, metavar: str | None = None, default: Any = dataclasses.MISSING) -> Any:
+    """A positional argument; with a `default` it may be left out."""
+    return dataclasses.field(default=default, metadata={"positional": True, "help": help, "metavar": metavar})
 
 
 def option(
-    default: Any, *flags: str, help: str, choices: Iterable[str] | None = None, metavar: str | None = None
+    default: Any,
+    *flags: str,
+    help: str,
+    choices: Iterable[str] | None = None,
+    metavar: str | None = None,
+    repeat: bool = False,
 ) -> Any:
-    """An option named after its field, `--like-this`, and by any further `flags`."""
+    """An option named after its field, `--like-this`, and by any further `flags`.
+
+    With `repeat`, a tuple's option may be given several times, each time with one value, which is not cut at commas.
+    """
     if isinstance(default, list):
         default = tuple(default)
     return dataclasses.field(
         default=default,
-        metadata={"flags": flags, "help": help, "choices": list(choices) if choices else None, "metavar": metavar},
+        metadata={
+            "flags": flags,
+            "help": help,
+            "choices": list(choices) if choices else None,
+            "metavar": metavar,
+            "repeat": repeat,
+        },
     )
 
 
@@ -69,6 +83,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message, hint)
 
 
+class _Extend(argparse.Action):
+    """Every time the option is given its value is added."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), values))
+
+
 def _declare(parser: argparse.ArgumentParser, options: type[Any]) -> None:
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -93,11 +114,20 @@ def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: A
     name, facts = field.name, field.metadata
     help = facts["help"].replace("%", "%%")
     if facts.get("positional"):
-        parser.add_argument(name, type=_reader(kind), help=help, metavar=facts["metavar"] or name.upper())
+        given: dict[str, Any] = {} if field.default is dataclasses.MISSING else {"nargs": "?", "default": field.default}
+        parser.add_argument(name, type=_reader(kind), help=help, metavar=facts["metavar"] or name.upper(), **given)
         return
     flags = [*facts["flags"], "--" + name.replace("_", "-")]
     if kind is bool:
         parser.add_argument(*flags, dest=name, action="store_true", help=help)
+        return
+    if facts.get("repeat"):
+        (one, *_) = typing.get_args(kind)
+        help += _shown(field.default)
+        metavar = facts["metavar"] or name.upper()
+        parser.add_argument(
+            *flags, dest=name, type=_reader(one), action=_Extend, default=(), help=help, metavar=metavar
+        )
         return
     must = bool(facts.get("required"))
     default = None if must else field.default

@@ -16,7 +16,8 @@ from hasten.backends import cache, feed, native
 from hasten.backends.batch import Int32, Limits, Program
 from hasten.backends.cache import KvFormat
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Hidden, Report, Weights
+from hasten.compress.calibrate import Report, Weights
+from hasten.compress.statistics import Hidden
 from hasten.errors import BudgetError
 from hasten.graph.graph import Graph
 

@@ -46,6 +46,8 @@ class Evaluation:
     """One array a window: natural logarithms of the probability of each scored token."""
     reference_logprobs: list[Float32] | None = None
     divergences: list[npt.NDArray[np.float64]] | None = None
+    agreements: list[npt.NDArray[np.bool_]] | None = None
+    """One array a window: whether both models' most likely token is the same."""
 
     def summary(self) -> dict[str, Any]:
         """The figures, by the names that `hasten eval --json` prints."""
@@ -130,7 +132,8 @@ def score(
     own: list[list[Float32]] = [[] for _ in windows]
     other: list[list[Float32]] = [[] for _ in windows]
     apart: list[list[npt.NDArray[np.float64]]] = [[] for _ in windows]
-    agreed = done = 0
+    same: list[list[npt.NDArray[np.bool_]]] = [[] for _ in windows]
+    done = 0
     for index, start, batch in feed.windows([w[:-1] for w in windows], program.limits):
         targets = windows[index][start + 1 : start + 1 + len(batch.tokens)]  # [rows], what each row should say next
         outputs = program.step(batch)
@@ -139,18 +142,18 @@ def score(
             expected = reference.step(batch)
             other[index].append(expected.score(targets))
             apart[index].append(outputs.divergence(expected))
-            agreed += int(np.count_nonzero(outputs.argmax() == expected.argmax()))
+            same[index].append(outputs.argmax() == expected.argmax())
         done += len(targets)
         if report:
             report("scoring", done, total)
-    return _evaluation(own, other if reference else None, apart, agreed)
+    return _evaluation(own, other if reference else None, apart, same)
 
 
 def _evaluation(
     own: list[list[Float32]],
     other: list[list[Float32]] | None,
     apart: list[list[npt.NDArray[np.float64]]],
-    agreed: int,
+    same: list[list[npt.NDArray[np.bool_]]],
 ) -> Evaluation:
     logprobs = [np.concatenate(w) for w in own]
     if not all(np.isfinite(w).all() for w in logprobs):
@@ -158,13 +161,15 @@ def _evaluation(
     tokens = sum(len(w) for w in logprobs)
     found = interval([-w for w in logprobs], np.exp)
     divergences = [np.concatenate(w) for w in apart] if other else None
+    agreements = [np.concatenate(w) for w in same] if other else None
     return Evaluation(
         perplexity=found.estimate,
         ci95=(found.low, found.high) if np.isfinite(found.low) else None,
         tokens=tokens,
         kl_divergence=float(sum(w.sum() for w in divergences) / tokens) if divergences else None,
-        top1_agreement=agreed / tokens if divergences else None,
+        top1_agreement=sum(int(np.count_nonzero(w)) for w in agreements) / tokens if agreements else None,
         logprobs=logprobs,
         reference_logprobs=[np.concatenate(w) for w in other] if other else None,
         divergences=divergences,
+        agreements=agreements,
     )

@@ -18,16 +18,24 @@ class Encoder(Protocol):
     def encode(self, text: str, special: bool = True) -> list[int]: ...
 
 
-def read(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError where it is missing, unreadable, empty or binary."""
+def read(path: Path, most: int | None = None) -> str:
+    """The text of a UTF-8 file, or of its first `most` bytes.
+
+    Raises InputError where it is missing, unreadable, empty or binary.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(-1 if most is None else most)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", "give a UTF-8 text file") from None
     if not data.strip():
         raise InputError(f"{path} is empty", "give a text to score")
     if b"\0" in data:
         raise InputError(f"{path} is binary: byte {data.index(0)} is zero", "give a UTF-8 text file")
+    if len(data) == most:  # the cut may go through a character
+        while data and data[-1] & 0xC0 == 0x80:
+            data = data[:-1]
+        data = data[: -1 if data and data[-1] >= 0xC0 else None]
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,29 +7,49 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hasten import checkpoint
-from hasten.backends.batch import Int32
 from hasten.bench import peak
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
+from hasten.compress.statistics import Statistics
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
-from hasten.search import cost, document, report, sensitivity, speed, texts
+from hasten.search import (
+    cap,
+    cost,
+    document,
+    domains,
+    evidence,
+    history,
+    quality,
+    report,
+    samples,
+    schedule,
+    sensitivity,
+    target,
+    texts,
+)
 from hasten.search.candidates import tensors
+from hasten.search.clock import Clock
 from hasten.search.cost import Site
-from hasten.search.job import Job, Note, Report, Settings, calibration_tokens, prepare, work_folder
+from hasten.search.evidence import Evidence
+from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
 from hasten.search.prove import Proof, prove
-from hasten.search.quality import Judge
+from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
+from hasten.search.samples import Sample
 from hasten.search.trials import Trials
+
+UNLIKE, UNLIKE_TOKENS = 3.0, 2048
+"""Texts whose perplexities are this far apart are not of one kind."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +63,31 @@ class Outcome:
 
 def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     """The whole flow. Raises HastenError for input that cannot be used; leaves nothing half-written."""
-    job = prepare(settings, report, note)
-    settings = job.settings
+    clock = Clock(settings.minutes)
+    job = prepare(settings, report, note, clock)
+    domains.check(job)
+    settings, most = job.settings, cap.most_bytes(job)
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
             note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
+        ask_original(job, trials)
         statistics = calibrated(job, trials)
-        packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
+        compare_texts(job, trials)
+        packer = Packer(job.original, job.model.tensor, statistics.inputs, job.packed)
         space, times = explore(job, statistics, packer, trials)
-        sizes = text_sizes(job, trials)
+        each = seconds_per_token(job, trials)
+        sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
-        refiner = refine(job, space, packer, texts.take(job.texts.search, sizes["search"]), slices, trials)
-        proof = prove(job, refiner, slices, trials)
+        sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
+        refiner, proof = refine(job, space, packer, sample, finals[0], most, each, trials)
+        proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
-            return Outcome(document.make(job, refiner, proof, times, None), None, proof.reason)
-        made = write(job, packer, proof, proof.chosen, refiner, times, trials.folder / "artifact")
+            made = document.make(job, refiner, proof, times, None)
+            remember(job, refiner, made, trials)
+            return Outcome(made, None, proof.reason)
+        told = evidence.gather(job, refiner, proof, proof.chosen, each, trials)
+        made = write(job, packer, proof, proof.chosen, refiner, times, told, trials.folder / "artifact")
+        remember(job, refiner, made, trials)
         place(trials.folder / "artifact", settings.output)
     return Outcome(made, settings.output)
 
@@ -65,28 +95,66 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
 def calibrated(job: Job, trials: Trials) -> Statistics:
     """Input statistics and last hidden states, from disk where an earlier run left them."""
     context = min(job.graph.context, 512)
-    flat = np.concatenate(job.texts.calibration)[: calibration_tokens(job.graph)]
+    flat = np.concatenate(job.texts.calibration)[: schedule.calibration(job, trials)]
     job.texts = texts.replace_calibration(job.texts, texts.split(flat, context))
     windows = job.texts.calibration
-    file = trials.folder / f"calibration-{texts.digest([flat])}.npz"
-    fact = [job.key, file.name, context]
+    folder = trials.folder / f"calibration-{texts.digest([flat])}"
+    fact = [job.key, folder.name, context]
     with job.stage("calibration"):
-        if file.exists() and trials.get("calibration", fact) is not None:
-            return Statistics.load(file)
+        if (folder / "statistics.npz").exists() and trials.get("calibration", fact) is not None:
+            return Statistics.load(folder)
         statistics = calibrate.calibrate(
-            job.graph, job.original, windows, kv_format=job.kv_format, threads=job.threads, report=job.report
+            job.graph,
+            job.original,
+            windows,
+            kv_format=job.kv_format,
+            hessians=[spec.name for spec in job.graph.matrices()],
+            done=lambda found: found.spill(folder),
+            threads=job.threads,
+            report=job.report,
         )
     kept = len(texts.take(windows, sensitivity.MOST_TOKENS))
     statistics.final = statistics.final[:kept]
-    statistics.save(file)
+    statistics.save(folder)
     trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
     return statistics
+
+
+def ask_original(job: Job, trials: Trials) -> None:
+    """A task that the original cannot do is refused before anything takes long. Raises BudgetError."""
+    with job.stage("tasks"):
+        for budget in job.budget.tasks:
+            assert budget.file is not None
+            task, key = samples.searched(job.tasks[budget.file]), [job.key, "original"]
+            right = quality.asked(
+                task, job.graph, job.threads, trials, key, lambda: job.original, "asking the original", job.report
+            )
+            if doubt := quality.check_task(budget, task, right):
+                job.say(doubt)
+
+
+def compare_texts(job: Job, trials: Trials) -> None:
+    """Warn of a calibration text that is far from what the model, or its evaluation, knows: another language, say."""
+    pair = [texts.take(windows, UNLIKE_TOKENS) for windows in (job.texts.calibration, job.texts.search)]
+
+    def make() -> list[float]:
+        report = lambda _, done, total: job.report("comparing texts", done, total)  # noqa: E731
+        found = [quality.score(job.graph, job.original, own, None, job.threads, report) for own in pair]
+        return [float(one.perplexity) if one else float("inf") for one in found]
+
+    with job.stage("calibration"):
+        own, other = trials.measure("unlike", [job.key, *map(texts.digest, pair)], make)
+    if own > UNLIKE * other:
+        job.say(
+            f"the calibration text is unlike the evaluation text: the original's perplexity is {own:,.1f} on it and "
+            f"{other:,.1f} there; text like the model's own use calibrates better"
+        )
 
 
 def seconds_per_token(job: Job, trials: Trials) -> float:
     """Of the original, in chunks: as the first calibration took, so that a run continued decides as it did before."""
     flat = np.concatenate(job.texts.calibration)
-    name = f"calibration-{texts.digest([flat])}.npz"
+    name = f"calibration-{texts.digest([flat])}"
     found = trials.get("calibration", [job.key, name, min(job.graph.context, 512)])
     assert found is not None
     return float(found["seconds_per_token"])
@@ -97,43 +165,61 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
     found = tensors(job.graph, job.original)
     key = [job.key, texts.digest(job.texts.calibration)]
     with job.stage("candidates"):
+        found = schedule.trimmed(job, found, packer, trials)
         errors = sensitivity.errors(found, packer, trials, key, job.report)
         found = sensitivity.holdable(found, errors)
     with job.stage("timing kernels"):
-        objective = job.settings.objective
+        objective = job.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
-        limit = 60 * job.settings.minutes
-        plan = sensitivity.plan(job.graph, found, seconds_per_token(job, trials), limit, available)
+        plan = schedule.sensitivities(job, found, seconds_per_token(job, trials), available, trials)
         windows = job.texts.calibration[: len(statistics.final)]
         limits = perplexity.limits_for(job.graph, windows, kv_format=job.kv_format, threads=job.threads)
+        until = (1 - 1.25 * schedule.SENSITIVITY) * job.clock.left()
         measured = sensitivity.measure(
-            job.graph, job.original, found, windows, statistics.final, packer, plan, trials, key, job.report, limits
+            job.graph,
+            job.original,
+            found,
+            windows,
+            statistics.final,
+            packer,
+            plan,
+            trials,
+            key,
+            job.report,
+            limits,
+            lambda: not job.clock.limited or job.clock.left() > until,
         )
     losses = sensitivity.estimate(found, measured, errors)
     costs = [cost.costs(t, objective, times) for t in found]
     return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found]), times
 
 
-def text_sizes(job: Job, trials: Trials) -> dict[str, float]:
-    """Tokens to search and to prove on: more where the model is quick, for a narrower interval."""
-    each = seconds_per_token(job, trials)
-    return {"search": min(max(5 / each, 8192), 32768), "final": min(max(16 / each, 16384), 98304)}
-
-
 def refine(
-    job: Job, space: Space, packer: Packer, windows: list[Int32], slices: Sequence[list[Int32]], trials: Trials
-) -> Refiner:
-    """Candidates measured on the search's text."""
-    key = [job.key, texts.digest(windows), texts.digest(job.texts.calibration)]
-    judge = Judge(job.graph, job.original, windows, job.budget, job.threads, trials, key, job.report)
-    final_tokens = sum(len(w) for w in slices[0])
-    refiner = Refiner(space, judge, packer.model, job.budget, final_tokens, [])
+    job: Job,
+    space: Space,
+    packer: Packer,
+    sample: Sample,
+    final: Sample,
+    most: int | None,
+    each: float,
+    trials: Trials,
+) -> tuple[Refiner, Proof]:
+    """Candidates measured on the search's sample, and what is known of their speeds."""
+    key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
+    judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report, job.key)
+    refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
+    later = schedule.reserve(job, each, final.tokens)
+    refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
+    proof = Proof()
     with job.stage("search"):
-        refiner.uniforms()
-        refiner.search()
-    return refiner
+        if job.objective.target:
+            target.reach(job, refiner, proof)
+        else:
+            refiner.uniforms()
+            refiner.search()
+    return refiner, proof
 
 
 def write(
@@ -143,6 +229,7 @@ def write(
     chosen: Tried,
     refiner: Refiner,
     times: dict[Site, float],
+    told: Evidence,
     staging: Path,
 ) -> dict[str, Any]:
     """The artifact with its report, in `staging`; returns the report's document."""
@@ -155,9 +242,19 @@ def write(
         verify(job, staging, weights)
     with job.stage("memory"):
         peaks = peak_memory(job, staging)
-    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)))
+    schedule.overrun(job)
+    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)), told)
     report.write(staging, made, chosen.choices)
     return made
+
+
+def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -> None:
+    """For `hasten trials`. A history that cannot be kept is no reason to lose what was found."""
+    run = trials.measure("run", [], lambda: [uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")])
+    try:
+        history.record(run[0], made, str(job.key[1]), {t.name: t.choices for t in refiner.tried}, run[1])
+    except OutputError as error:
+        job.say(f"this search is not in `hasten trials`: {error.message}")
 
 
 def verify(job: Job, staging: Path, weights: Any) -> None:
@@ -174,7 +271,7 @@ def verify(job: Job, staging: Path, weights: Any) -> None:
 
 def peak_memory(job: Job, staging: Path) -> tuple[int | None, int | None]:
     """Of original and artifact, each served in a process of its own."""
-    prompt, new = speed.lengths(job.graph)
+    prompt, new = job.objective.prompt, job.objective.new
     found: list[int | None] = []
     for done, source in enumerate((job.settings.model, str(staging))):
         job.report("measuring memory", done, 2)

@@ -19,11 +19,10 @@ from hasten.formats import Weight
 from hasten.graph.graph import Graph, GraphBuilder
 from hasten.graph.ops import Input, Linear
 from hasten.search.candidates import Tensor, nbytes
+from hasten.search.objective import Objective, Phase
 from hasten.search.trials import Json, Trials
 
 Report = Callable[[str, int, int], None]
-OBJECTIVES = {"decode": 1, "prefill": 512, "memory": 0}
-"""Tokens that a step holds: what the objective's matrices are multiplied by."""
 SECONDS = 0.05
 MOST_COPIES = 48
 
@@ -37,25 +36,25 @@ class Site:
     tokens: int
 
 
-def sites(tensors: Sequence[Tensor], objective: str) -> dict[Site, int]:
+def sites(tensors: Sequence[Tensor], objective: Objective) -> dict[Site, int]:
     """What must be timed, and how many matrices of the model each stands for."""
     found: dict[Site, int] = {}
     for tensor in tensors:
         for choice in tensor.choices:
-            if tensor.linears and objective != "memory":
-                site = site_of(tensor, choice, objective)
+            for phase in objective.phases if tensor.linears else ():
+                site = site_of(tensor, choice, phase)
                 found[site] = found.get(site, 0) + 1
     return found
 
 
-def site_of(tensor: Tensor, choice: Choice, objective: str) -> Site:
+def site_of(tensor: Tensor, choice: Choice, phase: Phase) -> Site:
     """The head is multiplied for a prompt's last token only."""
     name = tensor.format if choice.is_original else choice.format
-    return Site(tensor.shape, name, 1 if tensor.at_rows else OBJECTIVES[objective])
+    return Site(tensor.shape, name, phase.rows if tensor.at_rows else phase.tokens)
 
 
 def measure(
-    tensors: Sequence[Tensor], objective: str, threads: int, trials: Trials, key: Json, report: Report
+    tensors: Sequence[Tensor], objective: Objective, threads: int, trials: Trials, key: Json, report: Report
 ) -> dict[Site, float]:
     """Seconds for one multiplication at every site."""
     wanted = sites(tensors, objective)
@@ -72,11 +71,16 @@ def measure(
     return found
 
 
-def costs(tensor: Tensor, objective: str, times: dict[Site, float]) -> list[float]:
-    """The cost of each of the tensor's choices: seconds a step, or bytes."""
-    if objective == "memory":
+def costs(tensor: Tensor, objective: Objective, times: dict[Site, float]) -> list[float]:
+    """The cost of each of the tensor's choices: seconds of the objective's steps together, or bytes."""
+    if objective.name == "memory":
         return [float(nbytes(tensor, c)) for c in tensor.choices]
-    return [tensor.linears * times[site_of(tensor, c, objective)] if tensor.linears else 0.0 for c in tensor.choices]
+    return [
+        tensor.linears * sum(phase.count * times[site_of(tensor, c, phase)] for phase in objective.phases)
+        if tensor.linears
+        else 0.0
+        for c in tensor.choices
+    ]
 
 
 def seconds(site: Site, cold_bytes: int, threads: int = 0) -> float:

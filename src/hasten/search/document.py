@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +13,10 @@ from hasten.formats import get
 from hasten.search import speed
 from hasten.search.candidates import Tensor, nbytes
 from hasten.search.cost import Site
+from hasten.search.evidence import Evidence
 from hasten.search.job import Job
 from hasten.search.prove import Proof
+from hasten.search.quality import Readings, finite
 from hasten.search.refine import Refiner, Tried
 from hasten.search.speed import Speed
 
@@ -30,7 +33,14 @@ class Final:
     bytes_on_disk: int
 
 
-def make(job: Job, refiner: Refiner, proof: Proof, times: Mapping[Site, float], final: Final | None) -> Json:
+def make(
+    job: Job,
+    refiner: Refiner,
+    proof: Proof,
+    times: Mapping[Site, float],
+    final: Final | None,
+    evidence: Evidence | None = None,
+) -> Json:
     settings = job.settings
     chosen = proof.chosen
     document: Json = {
@@ -38,19 +48,24 @@ def make(job: Job, refiner: Refiner, proof: Proof, times: Mapping[Site, float], 
         "architecture": str(job.model.config.get("model_type", "")),
         "parameters": job.graph.parameters(),
         "output": str(settings.output) if chosen else None,
-        "objective": settings.objective,
-        "budget": {"text": str(job.budget), "measure": job.budget.measure, "limit": job.budget.limit},
+        "objective": job.objective.name,
+        "aim": {
+            **asdict(job.objective),
+            "target": str(job.objective.target) if job.objective.target else None,
+            "unit": job.objective.unit,
+        },
+        "budget": budget(job),
         "verdict": verdict(job, proof),
         "machine": {**asdict(job.machine), "threads": job.threads},
         "before": None,
         "after": None,
         "speedup": None,
-        "tensors": [
-            tensor(t, refiner, i, chosen, times, settings.objective) for i, t in enumerate(refiner.space.tensors)
-        ],
+        "tensors": [tensor(t, refiner, i, chosen) for i, t in enumerate(refiner.space.tensors)],
         "kernels": [{**asdict(site), "shape": list(site.shape), "seconds": seconds} for site, seconds in times.items()],
-        "candidates": [candidate(t, proof, refiner) for t in refiner.tried],
+        "candidates": [candidate(job, t, proof, refiner) for t in refiner.tried],
         "refused": refused(refiner, times),
+        **asdict(evidence or Evidence()),
+        "peers": job.peers,
         "texts": {
             name: {"source": job.texts.sources[name], "tokens": sum(len(w) for w in getattr(job.texts, name))}
             for name in ("calibration", "search", "final")
@@ -65,13 +80,36 @@ def make(job: Job, refiner: Refiner, proof: Proof, times: Mapping[Site, float], 
     return document
 
 
+def budget(job: Job) -> Json:
+    """All of it in words, its first part's measure and limit, and every part. No limit is null."""
+    parts = [{"text": str(b), "measure": b.measure, "limit": finite(b.limit), "what": b.what} for b in job.budget.parts]
+    return {**parts[0], "text": str(job.budget), "parts": parts}
+
+
 def verdict(job: Job, proof: Proof) -> Json:
     return {
         "holds": proof.chosen is not None,
         "reason": proof.reason or None,
-        "limit": job.budget.limit,
-        "attempts": [{"candidate": a.name, "holds": a.holds, **a.reading.json(), **a.figures} for a in proof.attempts],
+        "limit": finite(job.budget.first.limit),
+        "attempts": [
+            {
+                "candidate": a.name,
+                "holds": a.holds,
+                **a.reading.json(),
+                "readings": parts(job, a.readings),
+                **a.figures,
+            }
+            for a in proof.attempts
+        ],
     }
+
+
+def parts(job: Job, readings: Readings) -> list[Json]:
+    """The reading of each part of the budget."""
+    return [
+        {"budget": str(b), "measure": b.measure, "holds": r.within(b), **r.json()}
+        for b, r in zip(job.budget.parts, readings, strict=True)
+    ]
 
 
 def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> Json:
@@ -89,24 +127,26 @@ def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> 
             "kl_divergence": 0.0 if name == "before" else figures["kl_divergence"],
             "top1_agreement": 1.0 if name == "before" else figures["top1_agreement"],
             **speeds,
+            "rate": speed.rate(run, job.objective),
+            "matrix_bytes": refiner.space.bytes(choices),
             "bytes_on_disk": disk,
             "peak_memory": memory,
             "bits_per_weight": 8 * refiner.space.bytes(choices) / parameters,
         }
 
-    prompt, new = speed.lengths(job.graph)
+    aim, gains = job.objective, {"decode": final.after.decode, "prefill": final.after.prefill}
+    if final.after.together:
+        gains["throughput"] = final.after.together
     return {
         "before": side("before", final.before, job.model.bytes_on_disk, final.peak_memory[0], original),
         "after": side("after", final.after.run, final.bytes_on_disk, final.peak_memory[1], proof.chosen.choices),
-        "speedup": {"decode": asdict(final.after.decode), "prefill": asdict(final.after.prefill)},
-        "timed": {"prompt": prompt, "new": new, "batch": 1},
+        "speedup": {name: asdict(gain) for name, gain in gains.items()},
+        "timed": {"prompt": aim.prompt, "new": aim.new, "batch": aim.batch},
         "limits": asdict(machine),
     }
 
 
-def tensor(
-    one: Tensor, refiner: Refiner, index: int, chosen: Tried | None, times: Mapping[Site, float], objective: str
-) -> Json:
+def tensor(one: Tensor, refiner: Refiner, index: int, chosen: Tried | None) -> Json:
     """A matrix, what became of it, and what each of its choices would have cost and lost."""
     pick = chosen.choices[one.name] if chosen else one.choices[0]
     costs, losses = refiner.space.costs[index], refiner.space.losses[index]
@@ -134,7 +174,7 @@ def tensor(
     }
 
 
-def candidate(tried: Tried, proof: Proof, refiner: Refiner) -> Json:
+def candidate(job: Job, tried: Tried, proof: Proof, refiner: Refiner) -> Json:
     """A whole candidate as it was measured on the search's text."""
     timed = proof.speeds.get(tried.name)
     return {
@@ -143,11 +183,20 @@ def candidate(tried: Tried, proof: Proof, refiner: Refiner) -> Json:
         "fits": tried.fits,
         "allowance": tried.allowance,
         **tried.reading.json(),
+        "readings": parts(job, tried.readings),
+        "recipe": summary(tried.choices),
         "cost": tried.cost,
-        "cost_of_original": refiner.space.cost({t.name: t.choices[0] for t in refiner.space.tensors}),
+        "cost_of_original": refiner.space.cost(refiner.space.original),
         "bytes": tried.bytes,
         "speedup": {"decode": asdict(timed.decode), "prefill": asdict(timed.prefill)} if timed else None,
+        "rate": speed.rate(timed.run, job.objective) if timed and timed.run else None,
     }
+
+
+def summary(choices: Mapping[str, Choice]) -> str:
+    """A recipe in a line: how many matrices get which format by which method."""
+    counts = Counter("as it was" if c.is_original else f"{c.format} by {c.method}" for c in choices.values())
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def refused(refiner: Refiner, times: Mapping[Site, float]) -> list[Json]:
@@ -172,94 +221,3 @@ def refused(refiner: Refiner, times: Mapping[Site, float]) -> list[Json]:
 def recipe(choices: Mapping[str, Choice]) -> Json:
     """Choices as the recipe that `hasten compress` would take."""
     return {"tensors": [{"match": n, "format": c.format, "method": c.method} for n, c in choices.items()]}
-
-
-# --- the table that every report shows
-
-Row = tuple[str, str, str, str]
-
-
-def rows(document: Json) -> list[Row]:
-    """(what, original, accelerated, change) of the before-and-after table."""
-    before, after, gain = document["before"], document["after"], document["speedup"]
-    proof, in_nats = document["verdict"]["attempts"][-1], document["budget"]["measure"] == "kl"
-    return [
-        (
-            "perplexity (95% interval)",
-            _interval(before["perplexity"], before["ci95"]),
-            _interval(after["perplexity"], after["ci95"]),
-            f"{(after['perplexity'] / before['perplexity'] - 1) * 100:+.2f}%" if in_nats else _loss(document, proof),
-        ),
-        (
-            "KL divergence to the original, nats",
-            "0",
-            f"{after['kl_divergence']:.4f}",
-            _loss(document, proof) if in_nats else "",
-        ),
-        ("top-1 agreement with the original", "100%", f"{after['top1_agreement'] * 100:.1f}%", ""),
-        (
-            "prefill, tokens/s (share of limit)",
-            _rate(before, "prefill"),
-            _rate(after, "prefill"),
-            _gain(gain["prefill"]),
-        ),
-        ("decode, tokens/s (share of limit)", _rate(before, "decode"), _rate(after, "decode"), _gain(gain["decode"])),
-        (
-            "time to first token, ms (share of limit)",
-            _first_token(before),
-            _first_token(after),
-            f"{before['ttft_ms'] / after['ttft_ms']:.2f}x",
-        ),
-        ("size on disk", *_sizes(before["bytes_on_disk"], after["bytes_on_disk"])),
-        ("peak memory", *_sizes(before["peak_memory"], after["peak_memory"])),
-        (
-            "bits per weight",
-            f"{before['bits_per_weight']:.2f}",
-            f"{after['bits_per_weight']:.2f}",
-            f"{after['bits_per_weight'] / before['bits_per_weight']:.2f}x",
-        ),
-    ]
-
-
-def _interval(value: float, ci95: list[float]) -> str:
-    return f"{value:.3f} ({ci95[0]:.3f} to {ci95[1]:.3f})"
-
-
-def _loss(document: Json, proof: Json) -> str:
-    level = "" if proof["level"] == 0.95 else f", {proof['level']:.0%} interval"
-    if document["budget"]["measure"] == "kl":
-        return f"{proof['estimate']:.4f} ({proof['low']:.4f} to {proof['high']:.4f}{level})"
-    return f"{proof['estimate'] * 100:+.2f}% ({proof['low'] * 100:+.2f} to {proof['high'] * 100:+.2f}{level})"
-
-
-def _rate(side: Json, part: str) -> str:
-    return f"{side[f'{part}_tokens_per_second']:,.0f} ({side[f'{part}_share_of_limit'] * 100:.0f}%)"
-
-
-def _first_token(side: Json) -> str:
-    return f"{side['ttft_ms']:,.1f} ({side['ttft_share_of_limit'] * 100:.0f}%)"
-
-
-def _gain(gain: Json) -> str:
-    return f"{gain['estimate']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})"
-
-
-def _sizes(before: int | None, after: int | None) -> tuple[str, str, str]:
-    texts = [f"{n / 1e6:,.1f} MB" if n else "not measured" for n in (before, after)]
-    return texts[0], texts[1], f"{after / before:.2f}x" if before and after else ""
-
-
-def headline(document: Json) -> str:
-    """The outcome in a sentence."""
-    if document["after"] is None:
-        return str(document["verdict"]["reason"])
-    proof = document["verdict"]["attempts"][-1]
-    part = "prefill" if document["objective"] == "prefill" else "decode"
-    gain = f"{document['speedup'][part]['estimate']:.2f} times the {part} speed"
-    size = document["after"]["bytes_on_disk"] / document["before"]["bytes_on_disk"]
-    measure = "perplexity" if document["budget"]["measure"] == "ppl" else "divergence"
-    upper = f"{proof['high'] * 100:+.2f}%" if measure == "perplexity" else f"{proof['high']:.4f} nats"
-    return (
-        f"{gain} at {size:.0%} of the size; {measure} {_loss(document, proof)} on {proof['tokens']:,} held-out tokens: "
-        f"the budget {document['budget']['text']} holds at the upper end of the {proof['level']:.0%} interval ({upper})"
-    )

@@ -20,19 +20,23 @@ from hasten.compress.calibrate import Weights
 from hasten.engine import memory
 from hasten.engine.llm import DEFAULT_CONTEXT
 from hasten.errors import InputError, MemoryLimitError, OutputError
-from hasten.evaluate import perplexity
+from hasten.evaluate import perplexity, tasks
+from hasten.evaluate.tasks import Task
 from hasten.graph.graph import Graph
 from hasten.search import budget as budgets
-from hasten.search import texts
-from hasten.search.budget import Budget
-from hasten.search.cost import OBJECTIVES
+from hasten.search import objective as objectives
+from hasten.search import peers, samples, texts
+from hasten.search.budget import Budgets
+from hasten.search.clock import Clock
+from hasten.search.objective import Objective
 from hasten.search.texts import Texts
 from hasten.search.trials import Json
 
 Report = Callable[[str, int, int], None]
 Note = Callable[[str], None]
-VERSION = 2
+VERSION = 3
 """Of the measurements that a search keeps: older ones are not reused after what they mean has changed."""
+DEFAULT_BUDGET = "ppl=1%"
 CONTENDERS = 3
 """Candidates that are timed, and so held, at once."""
 LEAST_PACKED = 1 << 28
@@ -43,24 +47,39 @@ LEAST_PACKED = 1 << 28
 class Settings:
     model: str
     output: Path
-    budget: str = "ppl=1%"
+    budget: str | tuple[str, ...] = ()
+    """None: ppl=1%, or nothing but the target where there is one."""
     calibration: Path | None = None
     eval: Path | None = None
-    objective: str = "decode"
+    objective: str | None = None
+    """None: of the target, or decode."""
     threads: int = 0
-    minutes: float = 10.0
-    """For measuring sensitivities, at most."""
+    minutes: float | None = None
+    """For all of it."""
     keep_work: bool = False
+    batch: int | None = None
+    lengths: str | None = None
+    """PROMPT:NEW"""
+    trace: Path | None = None
+    target: str | None = None
+    memory_cap: int | None = None
+    """Bytes."""
+    other: Path | None = None
+    """Text of another domain, to see how the chosen candidate does there."""
+    peers: Path | None = None
+    """A report of `hasten bench --against`, whose points the report shows."""
 
 
 @dataclass
 class Job:
     settings: Settings
-    budget: Budget
+    budget: Budgets
+    objective: Objective
     model: Model
     graph: Graph
     original: Weights
     texts: Texts
+    tasks: dict[Path, Task]
     machine: Machine
     key: Json
     """What every measurement of quality depends on: the model's files, its context, instruction set and kernels."""
@@ -71,8 +90,13 @@ class Job:
     report: Report
     note: Note
     threads: int
+    clock: Clock
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    peers: Json | None = None
+    """What `hasten.search.peers` read."""
+    original_allowed: bool = True
+    """Whether the original keeps the memory allowed: if not, the best is asked for and not one that is faster."""
 
     def say(self, text: str) -> None:
         """Tell the user now, and in the report."""
@@ -97,20 +121,38 @@ def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".work")
 
 
-def prepare(settings: Settings, report: Report, note: Note) -> Job:
+def prepare(settings: Settings, report: Report, note: Note, clock: Clock | None = None) -> Job:
     """Everything that can be wrong with the input is found here, before anything takes long."""
-    budget = budgets.parse(settings.budget)
-    if settings.objective not in OBJECTIVES:
-        raise InputError(f"unknown objective '{settings.objective}'", f"objectives: {', '.join(OBJECTIVES)}")
-    if not settings.minutes > 0:
+    budget = (
+        budgets.UNBOUNDED
+        if settings.target and not settings.budget
+        else budgets.parse_all(settings.budget or DEFAULT_BUDGET)
+    )
+    if settings.minutes is not None and not settings.minutes > 0:
         raise InputError(f"minutes is {settings.minutes:g}, must be more than 0")
     settings = replace(settings, output=checked(settings.output))
     model = checkpoint.open(settings.model)
     model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it
+    context, notes = model.graph.context, []  # type: ignore[var-annotated]
+    aim = objectives.make(
+        settings.objective,
+        settings.batch,
+        settings.lengths,
+        settings.trace,
+        settings.target,
+        settings.memory_cap,
+        context,
+        notes.append,
+    )
+    eos = model.eos_token_ids
+    files_of_tasks = [b.file for b in budget.tasks if b.file]
+    asked = {f: tasks.load(f, model.tokenizer, eos, context) for f in files_of_tasks}
+    samples.check(asked, budget)
     chosen = texts.choose(
         model.tokenizer, model.graph.context, settings.calibration, settings.eval, settings.model == "demo"
     )
     here = machine.describe()
+    beside = peers.read(settings.peers) if settings.peers else None
     packed = check_room(model, chosen, settings.output, here)
     original = model.weights(report)
     build = native_build()
@@ -118,10 +160,12 @@ def prepare(settings: Settings, report: Report, note: Note) -> Job:
     job = Job(
         settings,
         budget,
+        aim,
         model,
         model.graph,
         original,
         chosen,
+        asked,
         here,
         key,
         [here.cpu, here.instruction_set, build],
@@ -129,8 +173,15 @@ def prepare(settings: Settings, report: Report, note: Note) -> Job:
         report,
         note,
         settings.threads or here.cores,
+        clock or Clock(settings.minutes),
     )
-    for text in chosen.notes:
+    job.peers = beside
+    if beside and beside["parameters"] != model.graph.parameters():
+        job.say(
+            f"{settings.peers} is of a model of {beside['parameters']:,} parameters, this one has "
+            f"{model.graph.parameters():,}: its points are shown all the same"
+        )
+    for text in (*notes, *chosen.notes):
         job.say(text)
     return job
 

@@ -12,9 +12,16 @@ from html import escape
 from typing import Any
 
 from hasten.bench.chart import linear_ticks, number, scale, svg, text, whisker
+from hasten.search.budget import SHOWN
 
 Json = dict[str, Any]
 GREY, BLUE, GREEN, ROSE = "#8a94a6", "#2563eb", "#10b981", "#e11d48"
+LOSSES = {
+    "ppl": "perplexity above the original's, %",
+    "kl": "KL divergence from the original, nats a token",
+    "agree": "tokens whose most likely next one is another, %",
+    "task": "accuracy lost, points",
+}
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 60, 52
 SHADES = (
     (4.0, (13, 148, 136)),
@@ -27,17 +34,17 @@ SHADES = (
 
 
 def candidates(document: Json, axis: str) -> str:
-    """Loss of every measured whole candidate, with its interval, over `axis`: "cost" or "bytes"."""
-    percent = document["budget"]["measure"] == "ppl"
-    factor, limit = (100.0 if percent else 1.0), document["budget"]["limit"]
-    unit, divisor = _cost_unit(document["objective"]) if axis == "cost" else ("MB of matrices", 1e6)
+    """Loss of every measured whole candidate, with its interval, over `axis`: "cost" or "bytes"; and the frontier."""
+    part, limit = document["budget"]["parts"][0], document["budget"]["limit"]
+    factor, kind, _ = SHOWN[part["measure"]]
+    unit, divisor = _cost_unit(document) if axis == "cost" else ("MB of matrices", 1e6)
     known = [p for p in document["candidates"] if None not in (p["estimate"], p["low"], p["high"])]
-    points = [p for p in known if p["estimate"] < 6 * limit] or known
+    points = [p for p in known if limit is None or p["estimate"] < 6 * limit] or known
     xs = [p[axis] / divisor for p in points]
     margin = 0.15 * (max(xs) - min(xs)) or 0.1 * max(xs)
     x_ticks = linear_ticks(max(0.0, min(xs) - margin), max(xs) + margin)
     y_ticks = linear_ticks(
-        min(0.0, *(p["low"] * factor for p in points)), factor * max(1.5 * limit, *(p["high"] for p in points))
+        min(0.0, *(p["low"] * factor for p in points)), factor * max(1.5 * (limit or 0.0), *(p["high"] for p in points))
     )
     width, height = 620, 360
     x = scale(x_ticks[0], x_ticks[-1], LEFT, width - RIGHT)
@@ -47,32 +54,46 @@ def candidates(document: Json, axis: str) -> str:
     parts += [text(LEFT - 8, y(t) + 4, number(t), anchor="end", size=11) for t in y_ticks]
     parts += [text(x(t), height - BOTTOM + 18, number(t), anchor="middle", size=11) for t in x_ticks]
     parts.append(text((LEFT + width - RIGHT) / 2, height - 12, unit, anchor="middle"))
-    budget = y(limit * factor)
-    parts.append(f'<path d="{line.format(budget)} stroke="{ROSE}" stroke-width="1.5" stroke-dasharray="6 4"/>')
-    parts.append(text(width - RIGHT, budget - 6, f"budget {document['budget']['text']}", anchor="end", size=11))
+    if limit is not None:
+        budget = y(limit * factor)
+        parts.append(f'<path d="{line.format(budget)} stroke="{ROSE}" stroke-width="1.5" stroke-dasharray="6 4"/>')
+        parts.append(text(width - RIGHT, budget - 6, f"budget {part['text']}", anchor="end", size=11))
     origin = f"original: 0 at {number(_original(document, axis) / divisor)}"
     parts.append(text(width - RIGHT, 41, origin, anchor="end", size=11))
+    best = frontier([(p[axis], p["estimate"]) for p in points])
+    path = " ".join(f"{x(a / divisor):.1f},{y(b * factor):.1f}" for a, b in best)
+    parts.append(f'<polyline points="{path}" fill="none" stroke="{GREEN}" stroke-opacity="0.6" stroke-width="1.5"/>')
     for p in sorted(points, key=lambda p: bool(p["chosen"])):
         place = x(p[axis] / divisor), y(p["estimate"] * factor)
         fill = GREEN if p["chosen"] else BLUE if p["fits"] else GREY
         parts.append(f'<g opacity="0.45">{whisker(place[0], y(p["low"] * factor), y(p["high"] * factor))}</g>')
-        loss = f"{number(p['estimate'] * factor)}{'%' if percent else ' nats'}"
-        parts.append(_dot(*place, fill, f"{p['name']}: {loss}, {number(p[axis] / divisor)} {unit}"))
+        loss = f"{number(p['estimate'] * factor)}{kind}"
+        hover = f"{p['name']}: {loss}, {number(p[axis] / divisor)} {unit}\n{p['recipe']}"
+        parts.append(dot(*place, fill, hover))
         if p["chosen"] or p["allowance"] is None:
             left = place[0] > 0.7 * width
             label = "chosen" if p["chosen"] else p["name"]
             parts.append(
                 text(place[0] + (-9 if left else 9), place[1] + 4, label, anchor="end" if left else "start", size=11)
             )
-    what = "perplexity above the original's, %" if percent else "KL divergence from the original, nats a token"
+    what = LOSSES[part["measure"]]
     title = "Loss against size" if unit.startswith("MB") else "Loss against time"
     return svg(title, what + ", with 95% intervals", width, height, parts)
 
 
-def _cost_unit(objective: str) -> tuple[str, float]:
-    if objective == "memory":
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both, by the first: Pareto's frontier."""
+    found: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
+
+
+def _cost_unit(document: Json) -> tuple[str, float]:
+    if document["objective"] == "memory":
         return "MB of matrices", 1e6
-    return f"microseconds of matrix products a {'token' if objective == 'decode' else 'prompt'} (predicted)", 1e-6
+    return f"microseconds of matrix products a {document['aim']['unit']} (predicted)", 1e-6
 
 
 def _original(document: Json, axis: str) -> float:
@@ -81,7 +102,8 @@ def _original(document: Json, axis: str) -> float:
     return sum(t["choices"][0].get("bytes", 0) for t in document["tensors"]) if axis == "bytes" else 0.0
 
 
-def _dot(x: float, y: float, fill: str, hover: str) -> str:
+def dot(x: float, y: float, fill: str, hover: str) -> str:
+    """A mark that says more on hover."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{fill}"><title>{escape(hover)}</title></circle>'
 
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from hasten.backends.batch import Int32
 from hasten.bench.latency import Run
 from hasten.compress.recipe import Choice
+from hasten.engine.memory import size
 from hasten.evaluate.bootstrap import interval
 from hasten.evaluate.perplexity import Evaluation
 from hasten.search import quality, speed
 from hasten.search.job import CONTENDERS, Job
-from hasten.search.quality import Reading, finite
+from hasten.search.quality import Reading, Readings, finite
 from hasten.search.refine import Refiner, Tried, facts
+from hasten.search.samples import Sample
 from hasten.search.speed import Gain, Speed
-from hasten.search.texts import digest
 from hasten.search.trials import Trials
 
 ROUNDS = 5
@@ -34,10 +34,15 @@ class Attempt:
     """One evaluation on a slice of the final text that no earlier one saw."""
 
     name: str
-    reading: Reading
+    readings: Readings
     holds: bool
     figures: dict[str, Any]
-    """perplexity and its interval before and after, KL divergence, top-1 agreement."""
+    """perplexity and its interval before and after, KL divergence, top-1 agreement; tasks' accuracies."""
+
+    @property
+    def reading(self) -> Reading:
+        """Of the budget's first part."""
+        return self.readings[0]
 
 
 @dataclass
@@ -48,21 +53,27 @@ class Proof:
     reason: str = ""
     attempts: list[Attempt] = field(default_factory=list)
     speeds: dict[str, Speed] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
+    """By candidate: the original's run among the same rounds."""
     final: dict[str, tuple[Run, Speed]] = field(default_factory=dict)
     """By candidate: the original's run and its own, of the times that the report shows."""
 
 
-def prove(job: Job, refiner: Refiner, slices: Sequence[list[Int32]], trials: Trials) -> Proof:
+def prove(job: Job, refiner: Refiner, slices: Sequence[Sample], trials: Trials, proof: Proof | None = None) -> Proof:
     """Up to one attempt a slice; after a failure the next candidate is a more careful one.
 
     What was tried on a slice is on disk with the outcome. A run continued replays it, whatever clocks say by then: no
-    slice is looked at twice.
+    slice is looked at twice. `proof`: with what is known of speeds already.
     """
-    proof = Proof()
+    proof = proof or Proof()
     rejected: list[str] = []
-    for number, text in enumerate(slices, 1):
+    measures = sorted({b.measure for b in job.budget.parts})
+    for number, sample in enumerate(slices, 1):
+        if number > 1 and not refiner.enough_time():
+            proof.reason = f"no candidate was proven within the budget {job.budget} in the time given"
+            return proof
         proof.reason = ""
-        key = [job.key, digest(text), number, job.budget.measure]
+        key = [job.key, sample.digest(), number, measures]
         kept = trials.get("proof", key)
         if kept is None:
             chosen = contender(job, refiner, proof, rejected)
@@ -70,14 +81,14 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[list[Int32]], trials: Tri
                 proof.reason = proof.reason or why_not(job, refiner)
                 return proof
             with job.stage("proof"):
-                kept = evaluate(job, refiner, chosen, text, number)
+                kept = evaluate(job, refiner, chosen, sample, number)
             trials.put("proof", key, kept)
             trials.made += 1
         else:
             chosen = refiner.measure(kept["name"], choices(kept["choices"]), kept["allowance"])
             trials.reused += 1
-        reading = Reading(**kept["reading"])
-        attempt = Attempt(chosen.name, reading, reading.within(job.budget), kept["figures"])
+        readings = tuple(Reading(**r) for r in kept["readings"])
+        attempt = Attempt(chosen.name, readings, refiner.bounds.hold(readings), kept["figures"])
         proof.attempts.append(attempt)
         if attempt.holds and confirmed(job, refiner, proof, chosen):
             proof.chosen = chosen
@@ -95,16 +106,17 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[list[Int32]], trials: Tri
 
 def refuse(job: Job, refiner: Refiner, chosen: Tried, attempt: Attempt, number: int, last: bool) -> list[str]:
     """Says what failed, allocates a more careful candidate, and names those that are not worth another attempt."""
-    reading = attempt.reading
+    budget, reading = refiner.bounds.worst(attempt.readings)
     job.say(
-        f"{chosen.name} does not hold the budget {job.budget} on held-out text: the upper end of its "
-        f"{reading.level:.0%} interval is {shown(job, reading.high)}"
+        f"{chosen.name} does not hold the budget {budget} on held-out text: the upper end of its "
+        f"{reading.level:.0%} interval is {budget.show(reading.high)}"
     )
-    doubtful = chosen.reading.estimate - 0.1 * abs(chosen.reading.estimate)
-    names = [t.name for t in refiner.tried if t.reading.estimate >= doubtful]
+    own = refiner.bounds.estimate(chosen.readings)
+    doubtful = own - 0.1 * abs(own)
+    names = [t.name for t in refiner.tried if refiner.bounds.estimate(t.readings) >= doubtful]
     if not last:
         allowance = chosen.allowance or job.budget.nats
-        shrink = min(0.8, max(0.1, 0.9 * job.budget.limit / reading.high))
+        shrink = min(0.8, max(0.1, 0.9 / refiner.bounds.high(attempt.readings)))
         with job.stage("search"):
             refiner.allocated(f"more careful {number}", allowance * shrink)
     return names
@@ -121,39 +133,55 @@ def contender(job: Job, refiner: Refiner, proof: Proof, rejected: list[str]) -> 
 
 
 def confirmed(job: Job, refiner: Refiner, proof: Proof, chosen: Tried) -> bool:
-    """Times a candidate for the report, once, and says whether it is better than the original by that."""
+    """Times a candidate for the report, once, and says whether it does what was asked by that."""
     if chosen.name not in proof.final:
         with job.stage("timing"):
-            run, (own,) = speed.compare(
-                job.graph,
-                job.original,
-                [refiner.model(chosen.choices)],
-                threads=job.threads,
-                rounds=FINAL_ROUNDS,
-                report=job.report,
-            )
+            run, (own,) = compare(job, refiner, [chosen], FINAL_ROUNDS)
         proof.final[chosen.name] = run, own
-    if job.settings.objective == "memory":
-        return chosen.bytes < original_bytes(refiner)
-    gain = proof.final[chosen.name][1].gain(job.settings.objective)
-    if not gain.holds:
+    if job.objective.name == "memory":
+        return chosen.bytes < refiner.space.bytes(refiner.space.original)
+    own = proof.final[chosen.name][1]
+    if job.objective.target:
+        return reached(job, proof, chosen, speed.rate(own.run, job.objective))
+    gain = own.gain(job.objective.name)
+    if not gain.holds and job.original_allowed:
         proof.reason = slower(job, gain)
         job.say(
             f"{chosen.name} is not certainly faster when timed again: {gain.estimate:.2f} times the original's speed "
             f"(95% interval {gain.low:.2f} to {gain.high:.2f})"
         )
-    return gain.holds
+    return gain.holds or not job.original_allowed
+
+
+def reached(job: Job, proof: Proof, chosen: Tried, rate: float) -> bool:
+    target = job.objective.target
+    assert target
+    if rate < target.rate:
+        proof.reason = (
+            f"nothing within reach keeps the target {target}: {chosen.name} makes {rate:,.1f} tokens a second"
+        )
+        job.say(f"{chosen.name} makes {rate:,.1f} tokens a second when timed again: the target is {target}")
+    return rate >= target.rate
+
+
+def compare(job: Job, refiner: Refiner, chosen: Sequence[Tried], rounds: int) -> tuple[Run, list[Speed]]:
+    """Candidates timed in turn with the original."""
+    return speed.compare(
+        job.graph,
+        job.original,
+        [refiner.model(t.choices) for t in chosen],
+        objective=job.objective,
+        threads=job.threads,
+        rounds=rounds,
+        report=job.report,
+    )
 
 
 def slower(job: Job, gain: Gain) -> str:
     return (
         f"nothing is faster within the budget {job.budget}: the best candidate runs at {gain.estimate:.2f} times "
-        f"the original's {job.settings.objective} speed (95% interval {gain.low:.2f} to {gain.high:.2f})"
+        f"the original's {job.objective.name} speed (95% interval {gain.low:.2f} to {gain.high:.2f})"
     )
-
-
-def original_bytes(refiner: Refiner) -> int:
-    return refiner.space.bytes({t.name: t.choices[0] for t in refiner.space.tensors})
 
 
 def choices(facts: dict[str, list[str]]) -> dict[str, Choice]:
@@ -164,59 +192,98 @@ def choices(facts: dict[str, list[str]]) -> dict[str, Choice]:
 def fastest(job: Job, refiner: Refiner, proof: Proof, rejected: Sequence[str]) -> Tried | None:
     """The best for the objective of those that fit, if it is better than the original; timed where time is the aim."""
     fitting = [t for t in refiner.tried if t.fits and t.name not in rejected]
+    if job.objective.target:
+        return most_faithful(job, proof, fitting)
     fitting = sorted(fitting, key=lambda t: (t.cost, t.reading.estimate))[:CONTENDERS]
-    if job.settings.objective == "memory":
-        return next((t for t in fitting if t.bytes < original_bytes(refiner)), None)
-    unknown = [t for t in fitting if t.name not in proof.speeds]
-    if unknown:
-        weights = [refiner.model(t.choices) for t in unknown]
-        _, speeds = speed.compare(
-            job.graph, job.original, weights, threads=job.threads, rounds=ROUNDS, report=job.report
-        )
-        proof.speeds.update({t.name: s for t, s in zip(unknown, speeds, strict=True)})
-    gains = {t.name: proof.speeds[t.name].gain(job.settings.objective) for t in fitting}
-    faster = [t for t in fitting if gains[t.name].holds]
+    if job.objective.name == "memory":
+        most = refiner.space.bytes(refiner.space.original)
+        return next((t for t in fitting if t.bytes < most), None)
+    time(job, refiner, proof, [t for t in fitting if t.name not in proof.speeds])
+    gains = {t.name: proof.speeds[t.name].gain(job.objective.name) for t in fitting}
+    faster = [t for t in fitting if gains[t.name].holds or not job.original_allowed]
     if fitting and not faster:
         best = max(gains.values(), key=lambda g: g.estimate)
         proof.reason = slower(job, best)
     return max(faster, key=lambda t: gains[t.name].estimate, default=None)
 
 
+def time(job: Job, refiner: Refiner, proof: Proof, candidates: Sequence[Tried]) -> None:
+    """Of candidates not yet timed, all in turn with the original."""
+    if candidates:
+        run, speeds = compare(job, refiner, candidates, ROUNDS)
+        proof.speeds.update({t.name: s for t, s in zip(candidates, speeds, strict=True)})
+        proof.runs.update({t.name: run for t in candidates})
+
+
+def most_faithful(job: Job, proof: Proof, fitting: Sequence[Tried]) -> Tried | None:
+    """Of those that were timed and reach the target, the one of least loss."""
+    target = job.objective.target
+    assert target
+    rates = {t.name: speed.rate(proof.speeds[t.name].run, job.objective) for t in fitting if t.name in proof.speeds}
+    enough = [t for t in fitting if rates.get(t.name, 0.0) >= target.rate]
+    if rates and not enough:
+        name, best = max(rates.items(), key=lambda item: item[1])
+        within = f" within the budget {job.budget}" if job.budget.bounded else ""
+        proof.reason = (
+            f"nothing{within} reaches the target {target}: the fastest, {name}, makes {best:,.1f} tokens a second, the "
+            f"original {speed.rate(proof.runs[name], job.objective):,.1f}"
+        )
+    return min(enough, key=lambda t: t.reading.estimate, default=None)
+
+
 def why_not(job: Job, refiner: Refiner) -> str:
     if not refiner.tried:
         return f"nothing is faster within the budget {job.budget}: no format is both faster and accurate enough"
-    closest = min(refiner.tried, key=lambda t: t.reading.careful(refiner.final_tokens))
-    return (
-        f"nothing is faster within the budget {job.budget}: the most careful candidate measured is at "
-        f"{shown(job, closest.reading.estimate)} (95% interval {shown(job, closest.reading.low)} to "
-        f"{shown(job, closest.reading.high)} on {closest.reading.tokens} tokens)"
+    within = [t for t in refiner.tried if refiner.bounds.fits(t.readings)]
+    if refiner.most_bytes is not None and within and not any(t.fits for t in within):
+        least = min(t.bytes for t in within) - refiner.most_bytes + (job.objective.cap or 0)
+        return (
+            f"nothing within the budget {job.budget} keeps the memory cap of {size(job.objective.cap or 0)}: the "
+            f"smallest candidate within the budget takes {size(least)}"
+        )
+    closest = min(refiner.tried, key=lambda t: refiner.bounds.share(t.readings))
+    budget, reading = refiner.bounds.worst(closest.readings)
+    found = (
+        f"the most careful candidate measured is at {budget.show(reading.estimate)} (95% interval "
+        f"{budget.show(reading.low)} to {budget.show(reading.high)} on {reading.tokens} "
+        f"{'questions' if budget.file else 'tokens'})"
     )
+    if refiner.most_bytes is not None:
+        least = closest.bytes - refiner.most_bytes + (job.objective.cap or 0)
+        return (
+            f"nothing keeps both the budget {job.budget} and the memory cap of {size(job.objective.cap or 0)}: {found}"
+            f", and takes {size(least)}"
+        )
+    return f"nothing is faster within the budget {job.budget}: {found}"
 
 
-def shown(job: Job, value: float) -> str:
-    """A loss in the budget's unit."""
-    return f"{value * 100:+.2f}%" if job.budget.measure == "ppl" else f"{value:.4f} nats"
-
-
-def evaluate(job: Job, refiner: Refiner, chosen: Tried, text: list[Int32], number: int) -> dict[str, Any]:
+def evaluate(job: Job, refiner: Refiner, chosen: Tried, sample: Sample, number: int) -> dict[str, Any]:
     """Original and candidate in lockstep over one slice: the one look at it that there will be."""
     level = LEVELS[min(number, len(LEVELS)) - 1]
     weights = refiner.model(chosen.choices)
     report = lambda _, done, total: job.report("proof on held-out text", done, total)  # noqa: E731
-    found = quality.score(job.graph, weights, text, job.original, job.threads, report)
-    reading = quality.reading(job.budget, found, level) if found else quality.broken(tokens(text), level)
+    found = quality.score(job.graph, weights, sample.windows, job.original, job.threads, report)
+    readings = []
+    shown: dict[str, Any] = figures(found) if found else {"tokens": sample.tokens}
+    for budget in job.budget.parts:
+        if budget.file:
+            task = sample.tasks[budget.file]
+            pair = [task.right(job.graph, own, job.threads, report) for own in (job.original, weights)]
+            readings.append(quality.task_reading(pair[0], pair[1], level))
+            shown.setdefault("tasks", {})[str(budget.file)] = {
+                "before": float(pair[0].mean()),
+                "after": float(pair[1].mean()),
+                "questions": len(task),
+            }
+        else:
+            readings.append(quality.reading(budget, found, level) if found else quality.broken(sample.tokens, level))
     return {
         "name": chosen.name,
         "choices": facts(chosen.choices),
         "allowance": chosen.allowance,
-        "reading": asdict(reading),
-        "figures": figures(found) if found else {"tokens": tokens(text)},
+        "readings": [asdict(r) for r in readings],
+        "figures": shown,
     }
-
-
-def tokens(text: list[Int32]) -> int:
-    """Those that are scored."""
-    return sum(len(w) - 1 for w in text)
 
 
 def figures(found: Evaluation) -> dict[str, Any]:

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from hasten.backends.batch import Float32, Int32
 from hasten.compress.calibrate import Weights
-from hasten.errors import CheckpointError
+from hasten.errors import BudgetError, CheckpointError
 from hasten.evaluate import paired, perplexity
 from hasten.evaluate.bootstrap import Interval, interval
 from hasten.evaluate.perplexity import Evaluation
+from hasten.evaluate.tasks import Task
 from hasten.graph.graph import Graph
-from hasten.search.budget import Budget
+from hasten.search.budget import Budget, Budgets
+from hasten.search.samples import Sample
 from hasten.search.trials import Json, Trials
 
 Report = Callable[[str, int, int], None]
 Z95 = 1.96
 LIKELY = 1.64
 """One-sided: nineteen times in twenty."""
+NONE_SEEN = 3.7
+"""What was never seen in n draws has a share below this / n, in 97.5% of cases (the rule of three)."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The loss of a candidate and its interval: growth of perplexity (0.01 is 1%), or nats a token.
+    """The loss of a candidate and its interval, as its budget measures it (`hasten.search.budget`).
 
     Infinite where the candidate's output is not a number.
     """
@@ -36,6 +41,7 @@ class Reading:
     low: float
     high: float
     tokens: int
+    """That were scored; a task's questions."""
     level: float = 0.95
     """Of the interval."""
 
@@ -54,6 +60,54 @@ class Reading:
         own = (self.high - self.low) / (2 * Z95)
         other = own * math.sqrt(self.tokens / tokens)
         return self.estimate + Z95 * other + LIKELY * math.hypot(own, other)
+
+
+Readings = tuple[Reading, ...]
+"""One for each part of the budget."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The budget beside what there will be to prove it on: tokens or questions for each part."""
+
+    budgets: Budgets
+    final: tuple[int, ...]
+
+    def fits(self, readings: Readings) -> bool:
+        """Will likely be proven within every part of the budget."""
+        parts = zip(self.budgets.parts, readings, self.final, strict=True)
+        return all(r.careful(n) <= b.limit for b, r, n in parts)
+
+    def share(self, readings: Readings) -> float:
+        """Of the budget, what the careful readings use up, by the part that is worst off: 1 is all of it."""
+        parts = zip(self.budgets.parts, readings, self.final, strict=True)
+        return max(share(r.careful(n), b) for b, r, n in parts)
+
+    def estimate(self, readings: Readings) -> float:
+        """The same of the estimates; without a limit, the first one itself."""
+        if not self.budgets.bounded:
+            return readings[0].estimate
+        return max(share(r.estimate, b) for b, r in zip(self.budgets.parts, readings, strict=True))
+
+    def hold(self, readings: Readings) -> bool:
+        return all(r.within(b) for b, r in zip(self.budgets.parts, readings, strict=True))
+
+    def high(self, readings: Readings) -> float:
+        """What the upper ends use up of the budget."""
+        return max(share(r.high, b) for b, r in zip(self.budgets.parts, readings, strict=True))
+
+    def worst(self, readings: Readings) -> tuple[Budget, Reading]:
+        """The part that is worst off by the upper end."""
+        pairs = zip(self.budgets.parts, readings, strict=True)
+        return max(pairs, key=lambda p: share(p[1].high, p[0]))
+
+
+def share(loss: float, budget: Budget) -> float:
+    if math.isinf(budget.limit):
+        return 0.0 if math.isfinite(loss) else math.inf
+    if budget.limit == 0:
+        return 0.0 if loss == 0 else math.copysign(math.inf, loss)
+    return loss / budget.limit
 
 
 def broken(tokens: int, level: float = 0.95) -> Reading:
@@ -75,6 +129,9 @@ def reading(budget: Budget, evaluation: Evaluation, level: float = 0.95) -> Read
     assert evaluation.divergences is not None
     if not all(np.isfinite(w).all() for w in evaluation.divergences):
         return broken(evaluation.tokens, level)
+    if budget.measure == "agree":
+        assert evaluation.agreements is not None
+        return agreement_reading(evaluation.agreements, level)
     return _reading(interval(evaluation.divergences, level=level), evaluation.tokens, level)
 
 
@@ -83,6 +140,18 @@ def ratio_reading(original: Sequence[Float32], candidate: Sequence[Float32], lev
         found = paired.difference(original, candidate, level=level)
     shifted = Interval(found.estimate - 1, found.low - 1, found.high - 1)
     return _reading(shifted, sum(len(w) for w in candidate), level)
+
+
+def agreement_reading(same: Sequence[npt.NDArray[np.bool_]], level: float = 0.95) -> Reading:
+    """The share of tokens at which the most likely one is another. None seen is not none there is."""
+    tokens = sum(len(w) for w in same)
+    found = interval([1.0 - w for w in same], level=level)
+    return _reading(Interval(found.estimate, found.low, max(found.high, NONE_SEEN / tokens)), tokens, level)
+
+
+def task_reading(original: npt.NDArray[np.bool_], candidate: npt.NDArray[np.bool_], level: float = 0.95) -> Reading:
+    """The share of questions answered right that is lost."""
+    return _reading(paired.accuracy_lost(original, candidate, level), len(original), level)
 
 
 def _reading(found: Interval, tokens: int, level: float) -> Reading:
@@ -114,18 +183,64 @@ def score(
         return None
 
 
+def asked(
+    task: Task,
+    graph: Graph,
+    threads: int,
+    trials: Trials,
+    key: Json,
+    weights: Callable[[], Weights],
+    stage: str,
+    report: Report,
+) -> npt.NDArray[np.bool_]:
+    """Whether each question is answered right, bool [questions]; from `trials` where it was asked before."""
+
+    def ask() -> Json:
+        progress = lambda _, done, total: report(f"{stage}, {task.path.name}", done, total)  # noqa: E731
+        return task.right(graph, weights(), threads, progress).astype(int).tolist()
+
+    return np.array(trials.measure("task", [key, task.digest()], ask), bool)
+
+
+def check_task(budget: Budget, task: Task, right: npt.NDArray[np.bool_]) -> str | None:
+    """What is doubtful in the original's answers. Raises BudgetError where they leave nothing to lose."""
+    if not right.any():
+        raise BudgetError(
+            f"the budget '{budget}' says nothing: the original answers none of {len(right)} questions right",
+            "give a task that the model can do",
+        )
+    share, chance = float(right.mean()), task.chance()
+    if chance and share < chance + LIKELY * math.sqrt(chance * (1 - chance) / len(right)):
+        return f"the original's {share:.0%} on {task.path} are what guessing gets: a loss there says little"
+    return None
+
+
 @dataclass(frozen=True)
 class Judge:
-    """Measures candidates on one text, beside the original. The original is scored once."""
+    """Measures candidates on one sample, beside the original. The original is scored once."""
 
     graph: Graph
     original: Weights
-    windows: Sequence[Int32]
-    budget: Budget
+    sample: Sample
+    budgets: Budgets
     threads: int
     trials: Trials
     key: Json
     report: Report
+    model_key: Json = None
+    """What measurements of the original alone depend on."""
+
+    def read(self, name: str, facts: Json, weights: Callable[[], Weights]) -> Readings:
+        """The readings of the candidate that `weights()` makes; `facts` say which it is."""
+        found = {}
+        measures = sorted({b.measure for b in self.budgets.on_text})
+        if measures:
+            text = self.trials.measure(
+                "quality", [self.key, measures, facts], lambda: self._on_text(name, measures, weights())
+            )
+            found = {measure: Reading(**text[measure]) for measure in measures}
+        asked = {b.file: self._on_task(name, b, facts, weights) for b in self.budgets.tasks}
+        return tuple(asked[b.file] if b.measure == "task" else found[b.measure] for b in self.budgets.parts)
 
     @cached_property
     def _original_logprobs(self) -> list[Float32]:
@@ -134,20 +249,24 @@ class Judge:
             raise CheckpointError("the model's log-probabilities are not finite", "its weights may be damaged")
         return found.logprobs
 
-    def read(self, name: str, facts: Json, weights: Callable[[], Weights]) -> Reading:
-        """The reading of the candidate that `weights()` makes; `facts` say which it is."""
+    def _on_text(self, name: str, measures: Sequence[str], weights: Weights) -> Mapping[str, Json]:
+        alone = measures == ["ppl"]
+        original = self._original_logprobs if alone else []
+        found = self._score(f"scoring {name}", weights, None if alone else self.original)
+        if found is None:
+            return {m: asdict(broken(self.sample.tokens)) for m in measures}
+        if alone:
+            return {"ppl": asdict(ratio_reading(original, found.logprobs))}
+        return {b.measure: asdict(reading(b, found)) for b in self.budgets.on_text}
 
-        def make() -> Json:
-            ratio = self.budget.measure == "ppl"
-            original = self._original_logprobs if ratio else []
-            found = self._score(f"scoring {name}", weights(), None if ratio else self.original)
-            if found is None:
-                return asdict(broken(sum(len(w) - 1 for w in self.windows)))
-            return asdict(ratio_reading(original, found.logprobs) if ratio else reading(self.budget, found))
-
-        found = self.trials.measure("quality", [self.key, self.budget.measure, facts], make)
-        return Reading(**found)
+    def _on_task(self, name: str, budget: Budget, facts: Json, weights: Callable[[], Weights]) -> Reading:
+        assert budget.file is not None
+        task, common = self.sample.tasks[budget.file], (self.graph, self.threads, self.trials)
+        key = [self.model_key, "original"]
+        original = asked(task, *common, key, lambda: self.original, "asking the original", self.report)
+        own = asked(task, *common, [self.key, facts], weights, f"asking {name}", self.report)
+        return task_reading(original, own)
 
     def _score(self, stage: str, weights: Weights, reference: Weights | None) -> Evaluation | None:
         report = lambda _, done, total: self.report(stage, done, total)  # noqa: E731
-        return score(self.graph, weights, self.windows, reference, self.threads, report)
+        return score(self.graph, weights, self.sample.windows, reference, self.threads, report)

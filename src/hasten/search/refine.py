@@ -7,21 +7,23 @@ measured whole, and the allowance moved until the measured loss comes close to t
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from hasten.compress.calibrate import Weights
 from hasten.compress.recipe import Choice
 from hasten.errors import BudgetError
-from hasten.search.allocate import allocate
-from hasten.search.budget import Budget
+from hasten.search.allocate import Bound, allocate
 from hasten.search.candidates import Tensor, nbytes
-from hasten.search.quality import Judge, Reading
+from hasten.search.quality import Bounds, Judge, Reading, Readings
 
 Choices = dict[str, Choice]
 ROUNDS = 6
 CLOSE = 0.08
 """A candidate whose careful reading comes this near to the budget, relative to it, is near enough."""
+NEVER = 1e12
+"""Nats or seconds: more than there can be."""
 UNIFORM = ("int8-g64", "int4-g64")
 """Formats tried on every matrix at once: what a recipe by hand would do, for comparison and as a candidate."""
 
@@ -33,11 +35,16 @@ class Tried:
     name: str
     choices: Choices
     allowance: float | None
-    reading: Reading
+    readings: Readings
     cost: float
     bytes: int
     fits: bool
-    """Will likely be proven within the budget."""
+    """Will likely be proven within the budget, and keeps within the memory allowed."""
+
+    @property
+    def reading(self) -> Reading:
+        """Of the budget's first part."""
+        return self.readings[0]
 
 
 @dataclass(frozen=True)
@@ -48,10 +55,33 @@ class Space:
     costs: Sequence[Sequence[float]]
     losses: Sequence[Sequence[float]]
 
-    def allocate(self, allowance: float) -> Choices:
-        """The cheapest choices with losses within `allowance`. Raises BudgetError where there are none."""
-        picks = allocate(self.costs, self.losses, allowance)
+    def allocate(self, allowance: float, most_bytes: float | None = None) -> Choices:
+        """The cheapest choices with losses within `allowance`, and matrices within so many bytes.
+
+        Raises BudgetError where there are none.
+        """
+        also = [] if most_bytes is None else [Bound(self._bytes(), most_bytes + 0.5, "bytes")]
+        return self._picked(allocate(self.costs, self.losses, allowance, also=also))
+
+    def most_faithful(self, cost: float, most_bytes: float | None = None) -> Choices:
+        """The choices of least loss that cost no more. Raises BudgetError where there are none."""
+        losses = [[min(loss, NEVER) for loss in row] for row in self.losses]
+        also = [] if most_bytes is None else [Bound(self._bytes(), most_bytes + 0.5, "bytes")]
+        return self._picked(allocate(losses, self.costs, min(cost, NEVER), also=also))
+
+    def _picked(self, picks: Sequence[int]) -> Choices:
         return {t.name: t.choices[c] for t, c in zip(self.tensors, picks, strict=True)}
+
+    def _bytes(self) -> list[list[float]]:
+        return [[float(nbytes(t, c)) for c in t.choices] for t in self.tensors]
+
+    @property
+    def original(self) -> Choices:
+        return {t.name: t.choices[0] for t in self.tensors}
+
+    def least_bytes(self) -> int:
+        """Of any choices, whatever they lose."""
+        return sum(min(nbytes(t, c) for c in t.choices) for t in self.tensors)
 
     def uniform(self, format: str) -> Choices:
         """One format for every matrix that something multiplies by, where it has that choice."""
@@ -81,58 +111,73 @@ class Refiner:
     space: Space
     judge: Judge
     model: Callable[[Choices], Weights]
-    budget: Budget
-    final_tokens: int
-    """Of the text on which the chosen one must be proven."""
+    bounds: Bounds
+    most_bytes: int | None
+    """That the matrices may take."""
     tried: list[Tried]
+    enough_time: Callable[[], bool] = lambda: True
+    """Whether one more candidate can be measured."""
+    slowest: float = 0.0
+    """Seconds that a candidate took to measure, at most."""
 
     def uniforms(self) -> None:
         for format in UNIFORM:
             choices = self.space.uniform(format)
-            if not all(c.is_original for c in choices.values()):
+            if not all(c.is_original for c in choices.values()) and self.enough_time():
                 self.measure(f"{format} everywhere", choices, None)
 
     def search(self) -> None:
-        """Moves the allowance towards the largest that still fits."""
-        allowance = 0.7 * self.budget.nats
-        fits: tuple[float, float] | None = None  # (allowance, careful reading) of the most daring that fits
+        """Moves the allowance towards the largest that still fits every part of the budget."""
+        allowance = 0.7 * self.bounds.budgets.nats
+        fits: tuple[float, float] | None = None  # (allowance, share of the budget) of the most daring that fits
         fails: tuple[float, float] | None = None  # and of the most careful that does not
         for number in range(1, ROUNDS + 1):
+            if number > 1 and not self.enough_time():
+                return
             one = self.allocated(f"candidate {number}", allowance)
             if one is None:
                 return
-            careful = one.reading.careful(self.final_tokens)
+            share = self.bounds.share(one.readings)
             if one.fits:
-                fits = (allowance, careful)
+                fits = (allowance, share)
             else:
-                fails = (allowance, careful)
-            if one.fits and careful > (1 - CLOSE) * self.budget.limit:
+                fails = (allowance, share)
+            if one.fits and share > 1 - CLOSE:
                 return
             if fits and fails and fails[0] < 1.1 * fits[0]:
                 return
-            allowance = next_allowance(fits, fails, self.budget.limit)
+            allowance = next_allowance(fits, fails, 1.0)
 
     def allocated(self, name: str, allowance: float) -> Tried | None:
-        """The candidate under an allowance; None where it would leave the model as it is."""
+        """The candidate under an allowance; None where there is none, or it would leave the model as it is.
+
+        Where no choices within the allowance keep the memory allowed, those that keep it with the least loss.
+        """
         try:
-            choices = self.space.allocate(allowance)
+            choices = self.space.allocate(allowance, self.most_bytes)
         except BudgetError:
-            return None
+            if self.most_bytes is None or self.space.least_bytes() > self.most_bytes:
+                return None
+            choices = self.space.most_faithful(math.inf, self.most_bytes)
         if all(c.is_original for c in choices.values()):
             return None
         return self.measure(name, choices, allowance)
 
     def measure(self, name: str, choices: Choices, allowance: float | None) -> Tried:
         same = next((t for t in self.tried if t.choices == choices), None)
-        reading = same.reading if same else self.judge.read(name, facts(choices), lambda: self.model(choices))
+        start = time.monotonic()
+        readings = same.readings if same else self.judge.read(name, facts(choices), lambda: self.model(choices))
+        self.slowest = max(self.slowest, time.monotonic() - start)
+        size = self.space.bytes(choices)
+        small = self.most_bytes is None or size <= self.most_bytes
         one = Tried(
             name,
             choices,
             allowance,
-            reading,
+            readings,
             self.space.cost(choices),
-            self.space.bytes(choices),
-            reading.careful(self.final_tokens) <= self.budget.limit,
+            size,
+            small and self.bounds.fits(readings),
         )
         if same is None:
             self.tried.append(one)

@@ -13,7 +13,8 @@ import yaml
 from hasten.compress.recipe import Choice
 from hasten.errors import OutputError
 from hasten.search import document as documents
-from hasten.search import plots
+from hasten.search import plots, sections, table
+from hasten.search.sections import Section
 from hasten.search.texts import NEGLIGIBLE
 
 Json = dict[str, Any]
@@ -36,8 +37,8 @@ def write(folder: Path, document: Json, choices: Mapping[str, Choice]) -> None:
 
 
 def markdown(document: Json) -> str:
-    rows = documents.rows(document)
-    table = ["| | original | accelerated | |", "|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
+    rows = table.rows(document)
+    lines = ["| | original | accelerated | |", "|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)]
     counts: dict[str, int] = {}
     for one in document["tensors"]:
         counts[one["format"]] = counts.get(one["format"], 0) + 1
@@ -46,14 +47,15 @@ def markdown(document: Json) -> str:
         [
             f"# {document['model']}, accelerated by hasten",
             "",
-            documents.headline(document) + ".",
+            table.headline(document) + ".",
             "",
-            *table,
+            *lines,
             "",
             f"Matrices: {formats}.",
             "",
             *(f"- {line}" for line in facts(document)),
             "",
+            *(line for one in sections.sections(document) if one.rows for line in _told(one)),
         ]
     )
 
@@ -95,13 +97,13 @@ def novelty(seen: float) -> str:
 
 def html(document: Json) -> str:
     tiles = "".join(f"<div class=tile><b>{escape(v)}</b><span>{escape(k)}</span></div>" for k, v in _tiles(document))
-    before_after = _table(("", "original", "accelerated", "change"), documents.rows(document))
+    before_after = _table(("", "original", "accelerated", "change"), table.rows(document))
     axes = ("bytes",) if document["objective"] == "memory" else ("cost", "bytes")
     deep = max(t["block"] for t in document["tensors"]) > 12
     figures = [f"<figure>{plots.candidates(document, axis)}</figure>" for axis in axes]
     first, *others = figures if deep else [f"<figure>{plots.model_map(document)}</figure>", *figures]
     rest = "".join(others)
-    sections = [
+    shown = [
         f"<div class=tiles>{tiles}</div>",
         f"<section><h2>Before and after</h2>{before_after}</section>",
         f"<section class=pair><figure>{plots.speeds(document)}</figure>{first}</section>",
@@ -110,6 +112,7 @@ def html(document: Json) -> str:
         f"<section><h2>Candidates measured whole</h2>{_candidates(document)}"
         "<p class=note>On the search's text. A candidate fits if it will stay within the budget on the final text "
         "nineteen times in twenty.</p></section>",
+        *(_section(one) for one in sections.sections(document)),
         _refused(document),
         f"<section><h2>Most sensitive matrices</h2>{_sensitive(document)}"
         "<p class=note>Divergence of the whole model's output, in nats a token, where that matrix alone changes: "
@@ -119,40 +122,56 @@ def html(document: Json) -> str:
         + f"</ul>{_durations(document)}</section>",
     ]
     title = escape(f"{document['model'].rstrip('/').split('/')[-1]}, accelerated by hasten")
-    head = f"<header><h1>{title}</h1><p>{escape(documents.headline(document))}.</p></header>"
+    head = f"<header><h1>{title}</h1><p>{escape(table.headline(document))}.</p></header>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>{head}\n"
-        + "\n".join(sections)
+        + "\n".join(shown)
         + "\n</main></body></html>\n"
     )
+
+
+def _section(one: Section) -> str:
+    plots = "".join(f"<figure>{plot}</figure>" for plot in one.plots)
+    rows = _table(one.head, one.rows) if one.rows else ""
+    note = f"<p class=note>{escape(one.note)}</p>" if one.note else ""
+    return f"<section><h2>{escape(one.title)}</h2>{plots}{rows}{note}</section>"
+
+
+def _told(one: Section) -> list[str]:
+    """A section in Markdown."""
+    lines = [f"## {one.title}", ""]
+    if one.rows:
+        lines += ["| " + " | ".join(one.head) + " |", "|---" * len(one.head) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in one.rows]
+        lines.append("")
+    return [*lines, one.note, ""] if one.note else lines
 
 
 def _tiles(document: Json) -> list[tuple[str, str]]:
     before, after, gain = document["before"], document["after"], document["speedup"]
     proof = document["verdict"]["attempts"][-1]
-    percent = document["budget"]["measure"] == "ppl"
-    loss = f"{proof['estimate'] * 100:+.2f}%" if percent else f"{proof['estimate']:.4f}"
+    pairs = zip(document["budget"]["parts"], proof["readings"], strict=True)
     return [
         ("decode speed", f"{gain['decode']['estimate']:.2f}x"),
         ("prefill speed", f"{gain['prefill']['estimate']:.2f}x"),
         ("size on disk", f"{after['bytes_on_disk'] / before['bytes_on_disk']:.0%}"),
-        (f"{'perplexity' if percent else 'divergence, nats'} (budget {document['budget']['text']})", loss),
+        *(
+            (
+                f"{part['what']} (budget {part['text'] if part['limit'] is not None else 'none'})",
+                table.loss(part["measure"], reading["estimate"]),
+            )
+            for part, reading in pairs
+        ),
     ]
 
 
 def _candidates(document: Json) -> str:
-    percent = document["budget"]["measure"] == "ppl"
+    parts = document["budget"]["parts"]
 
-    def loss(one: Json) -> str:
-        f, unit = (100.0, "%") if percent else (1.0, "")
-        digits = 2 if percent else 4
-        if None in (one["estimate"], one["low"], one["high"]):
-            return "output is not a number"
-        return (
-            f"{one['estimate'] * f:+.{digits}f}{unit} ({one['low'] * f:+.{digits}f} to {one['high'] * f:+.{digits}f})"
-        )
+    def losses(one: Json) -> list[str]:
+        return [_with_ends(part["measure"], reading) for part, reading in zip(parts, one["readings"], strict=True)]
 
     def speed(one: Json, part: str) -> str:
         return f"{one['speedup'][part]['estimate']:.2f}x" if one["speedup"] else ""
@@ -160,7 +179,7 @@ def _candidates(document: Json) -> str:
     rows = [
         (
             one["name"],
-            loss(one),
+            *losses(one),
             f"{one['bytes'] / 1e6:,.2f} MB",
             f"{one['cost'] / one['cost_of_original']:.2f}" if one["cost_of_original"] else "",
             speed(one, "prefill"),
@@ -169,7 +188,15 @@ def _candidates(document: Json) -> str:
         )
         for one in document["candidates"]
     ]
-    return _table(("", "loss (95% interval)", "matrices", "predicted cost", "prefill", "decode", ""), rows)
+    heads = [f"{part['what']} (95% interval)" for part in parts]
+    return _table(("", *heads, "matrices", "predicted cost", "prefill", "decode", ""), rows)
+
+
+def _with_ends(measure: str, reading: Json) -> str:
+    if None in (reading["estimate"], reading["low"], reading["high"]):
+        return "output is not a number"
+    ends = [table.loss(measure, reading[end], unit=False) for end in ("low", "high")]
+    return f"{table.loss(measure, reading['estimate'])} ({ends[0]} to {ends[1]})"
 
 
 def _refused(document: Json) -> str:
@@ -184,8 +211,8 @@ def _refused(document: Json) -> str:
         )
         for one in document["refused"]
     ]
-    table = _table(("shape", "format", "microseconds", "as it was"), rows)
-    return f"<section><h2>Refused: not faster here</h2>{table}</section>"
+    shown = _table(("shape", "format", "microseconds", "as it was"), rows)
+    return f"<section><h2>Refused: not faster here</h2>{shown}</section>"
 
 
 def _sensitive(document: Json) -> str:

@@ -7,7 +7,7 @@ neighbour by their weighted error: for small changes the divergence is quadratic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -16,9 +16,10 @@ import numpy as np
 from hasten.backends import feed, native
 from hasten.backends.batch import Float32, Int32, Limits, Program
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Hidden, Report, Weights
+from hasten.compress.calibrate import Report, Weights
 from hasten.compress.recipe import Choice
 from hasten.compress.run import Packer
+from hasten.compress.statistics import Hidden
 from hasten.errors import FormatError
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
@@ -117,8 +118,12 @@ def measure(
     key: Json,
     report: Report,
     limits: Limits,
+    enough_time: Callable[[], bool] = lambda: True,
 ) -> Losses:
-    """KL in nats a token of each matrix and format planned; `final`: the original's last hidden states of `windows`."""
+    """KL in nats a token of each matrix and format planned; `final`: the original's last hidden states of `windows`.
+
+    Not all of them where `enough_time` says that there is no more; one block at least.
+    """
     windows = take(windows, plan.tokens)
     depth = len(graph.blocks)
     wanted = [(t, _typical(t, plan)) for t in tensors if _measured(t, plan, depth)]
@@ -137,7 +142,7 @@ def measure(
         if block >= 0:
             hidden = _advance(graph, original, windows, hidden, block, limits, final)
         for tensor, choices in here:
-            if not choices:
+            if not choices or (found and block > 0 and not enough_time()):
                 continue
             report("sensitivity", len(found), len(facts))
             changed = [{**_own(section, original), tensor.name: packer.pack(tensor.name, c)} for c in choices]

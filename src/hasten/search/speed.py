@@ -11,6 +11,7 @@ from hasten.bench import latency
 from hasten.bench.latency import Run, Times
 from hasten.compress.calibrate import Weights
 from hasten.graph.graph import Graph
+from hasten.search.objective import Objective
 
 Report = Callable[[str, int, int], None]
 RESAMPLES = 2000
@@ -36,15 +37,23 @@ class Speed:
     run: Run
     decode: Gain
     prefill: Gain
+    together: Gain | None = None
+    """Of prompts and decoding in one."""
 
     def gain(self, objective: str) -> Gain:
+        if objective == "throughput" and self.together:
+            return self.together
         return self.prefill if objective == "prefill" else self.decode
 
 
-def lengths(graph: Graph) -> tuple[int, int]:
-    """(prompt, new): 512 and 64 tokens, or what the model's context holds."""
-    prompt = min(512, graph.context // 2)
-    return prompt, min(64, graph.context - prompt)
+def rate(run: Run, objective: Objective) -> float:
+    """Tokens a second of what the objective is about; of throughput the new ones, prompts' time included."""
+    if objective.name == "prefill":
+        return run.prefill_tokens_per_second
+    if objective.name != "throughput":
+        return run.decode_tokens_per_second
+    new, prompts = objective.batch * objective.new, objective.batch * objective.prompt
+    return new / (prompts / run.prefill_tokens_per_second + new / run.decode_tokens_per_second)
 
 
 def compare(
@@ -52,27 +61,32 @@ def compare(
     original: Weights,
     candidates: Sequence[Weights],
     *,
+    objective: Objective,
     threads: int,
     rounds: int,
     report: Report,
 ) -> tuple[Run, list[Speed]]:
-    """The original's run, and each candidate's speed."""
-    prompt, new = lengths(graph)
+    """The original's run, and each candidate's speed, with the objective's batch and lengths."""
+    prompt, new, batch = objective.prompt, objective.new, objective.batch
     subjects = [
-        latency.Loaded(graph, weights, prompt=prompt, new=new, batch=1, threads=threads)
+        latency.Loaded(graph, weights, prompt=prompt, new=new, batch=batch, threads=threads)
         for weights in (original, *candidates)
     ]
-    ((runs, times),) = latency.time_in_turn(subjects, [1], threads=threads, rounds=rounds, progress=report)
+    ((runs, times),) = latency.time_in_turn(subjects, [batch], threads=threads, rounds=rounds, progress=report)
     first = times[0]
     return runs[0], [
-        Speed(run, gain(first, own, "decode"), gain(first, own, "prefill"))
+        Speed(run, gain(first, own, "decode"), gain(first, own, "prefill"), gain(first, own, "together"))
         for run, own in zip(runs[1:], times[1:], strict=True)
     ]
 
 
 def gain(first: Sequence[Times], second: Sequence[Times], part: str) -> Gain:
     """first / second round by round: median, and the interval of medians of resampled rounds."""
-    ratios = np.array([getattr(a, part) / getattr(b, part) for a, b in zip(first, second, strict=True)])
+    ratios = np.array([_seconds(a, part) / _seconds(b, part) for a, b in zip(first, second, strict=True)])
     draws = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
     return Gain(float(np.median(ratios)), float(low), float(high))
+
+
+def _seconds(times: Times, part: str) -> float:
+    return times.prefill + times.decode if part == "together" else float(getattr(times, part))

@@ -22,6 +22,8 @@ RUN = 16  # tokens in a row that count as the same text
 MOST_SHARED = 0.05
 NEGLIGIBLE = 0.01
 """Shares of a text that also stand in another: files that share more are refused; what shares less is new."""
+MOST_BYTES = 32 << 20
+"""Of a file: far more than a search looks at."""
 BUILT_IN = "modules of Python's standard library"
 
 
@@ -48,17 +50,18 @@ def choose(
     the standard library, with a note unless the model is the demo, which is made for them. Raises InputError for files
     that are unreadable, too short or largely the same.
     """
+    notes: list[str] = []
     if calibration and evaluation and calibration.resolve() != evaluation.resolve():
-        tokens = [_tokens(tokenizer, reading.read(calibration)), *_cut(_file(tokenizer, evaluation), (1, 2))]
+        tokens = [encode(tokenizer, beginning(calibration, notes)), *_cut(_file(tokenizer, evaluation, notes), (1, 2))]
         names = [str(calibration), f"{evaluation} (first third)", f"{evaluation} (the rest)"]
-        return _texts(tokens, context, names, [])
+        return _texts(tokens, context, names, notes)
     if calibration or evaluation:
         path = evaluation or calibration
         assert path is not None
         names = [f"{path} ({part})" for part in ("first quarter", "second quarter", "second half")]
         note = f"{path} is cut in three: the first quarter calibrates, the second is searched on, the rest proves"
-        return _texts(_cut(_file(tokenizer, path), (1, 1, 2)), context, names, [note])
-    tokens = [_tokens(tokenizer, checkpoint.demo_text(split)) for split in SPLITS]
+        return _texts(_cut(_file(tokenizer, path, notes), (1, 1, 2)), context, names, [note, *notes])
+    tokens = [encode(tokenizer, checkpoint.demo_text(split)) for split in SPLITS]
     note = f"no text was given: quality is measured on {BUILT_IN}; --eval FILE takes a text like the model's own use"
     return _texts(tokens, context, [f"{BUILT_IN} ({split})" for split in SPLITS], [] if demo else [note], refuse=False)
 
@@ -67,11 +70,20 @@ def calibration_windows(
     tokenizer: Encoder, context: int, path: Path | None, most_tokens: int
 ) -> tuple[list[Int32], str]:
     """Windows to calibrate on, at most `most_tokens`, from a file or the built-in text; and where they came from."""
-    text = reading.read(path) if path else checkpoint.demo_text("calibration")
-    tokens = _tokens(tokenizer, text)[:most_tokens]
+    text = beginning(path) if path else checkpoint.demo_text("calibration")
+    tokens = encode(tokenizer, text)[:most_tokens]
     if len(tokens) < 2:
         raise InputError(f"the calibration text is too short: {len(tokens)} tokens")
     return split(tokens, min(context, 512)), str(path) if path else BUILT_IN
+
+
+def beginning(path: Path, notes: list[str] | None = None) -> str:
+    """The text of a file, of a very large one the beginning. Raises InputError as `hasten.evaluate.text.read` does."""
+    text = reading.read(path, MOST_BYTES)
+    size = path.stat().st_size
+    if notes is not None and size > MOST_BYTES:
+        notes.append(f"of {path} only the first {MOST_BYTES >> 20} MiB are read, it has {size >> 20}")
+    return text
 
 
 def split(tokens: Int32, context: int) -> list[Int32]:
@@ -105,12 +117,13 @@ def _runs(tokens: Int32) -> np.ndarray:
     return hashes
 
 
-def _tokens(tokenizer: Encoder, text: str) -> Int32:
+def encode(tokenizer: Encoder, text: str) -> Int32:
+    """The text's tokens, without special ones: [tokens]."""
     return np.asarray(tokenizer.encode(text, special=False), dtype=np.int32)
 
 
-def _file(tokenizer: Encoder, path: Path) -> Int32:
-    tokens = _tokens(tokenizer, reading.read(path))
+def _file(tokenizer: Encoder, path: Path, notes: list[str]) -> Int32:
+    tokens = encode(tokenizer, beginning(path, notes))
     if len(tokens) < FEWEST_TOKENS:
         raise InputError(
             f"{path} is too short to prove a budget on: {len(tokens)} tokens, at least {FEWEST_TOKENS} are needed",

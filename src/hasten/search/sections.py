@@ -1,0 +1,125 @@
+"""What a report tells beside the outcome: what bought what, other text, batch sizes, predictions. Rows for any form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hasten.search import batches, scatter, table
+from hasten.search.predict import CLOSE
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title and a note; `plots` are SVG, for the page only."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+    plots: tuple[str, ...] = ()
+
+
+def sections(document: Json) -> list[Section]:
+    """Those that have something to tell."""
+    found = [contributions(document), other(document), at_batches(document), predicted(document)]
+    peers = scatter.beside(document)
+    if peers:
+        note = f"Peers as measured on {document['peers']['machine']}, in a run of their own."
+        found.append(Section("Beside other engines", (), [], note, (peers,)))
+    return [s for s in found if s.rows or s.plots]
+
+
+def contributions(document: Json) -> Section:
+    part = document["budget"]["parts"][0]
+    candidate = next((c for c in document["candidates"] if c["chosen"]), None)
+    whole = candidate["estimate"] if candidate else None
+    memory = document["objective"] == "memory"
+    rows = []
+    for one in document["contributions"]:
+        without, nearest = one["without"]["estimate"], one["nearest"] and one["nearest"]["estimate"]
+        rows.append(
+            (
+                f"{one['format']} by {one['method']}",
+                str(one["matrices"]),
+                f"{one['bytes_saved'] / 1e6:,.2f} MB",
+                "" if memory else f"{one['cost_saved'] * 1e6:,.1f}",
+                _difference(part, whole, without),
+                _difference(part, nearest, whole) if one["nearest"] else "",
+            )
+        )
+    head = ("", "matrices", "bytes saved", "microseconds saved (predicted)", "loss caused", "loss saved by the method")
+    note = (
+        f"In {part['what']}, on the search's text, of the whole model: loss caused is what goes away where these "
+        "matrices alone are as they were; loss saved is what comes where nearest rounding makes the same format."
+    )
+    return Section("What bought what", head, rows, note)
+
+
+def _difference(part: Json, first: float | None, second: float | None) -> str:
+    return "" if first is None or second is None else table.loss(part["measure"], first - second)
+
+
+def other(document: Json) -> Section:
+    rows = []
+    for one in document["other"]:
+        growth = one.get("growth")
+        if growth is None:
+            rows.append((one["text"], f"{one['tokens']:,}", "output is not a number", "", ""))
+            continue
+        rows.append(
+            (
+                one["text"],
+                f"{one['tokens']:,}",
+                f"{growth['estimate'] * 100:+.2f}% ({growth['low'] * 100:+.2f} to {growth['high'] * 100:+.2f})",
+                f"{one['kl_divergence']:.4f}",
+                f"{one['top1_agreement'] * 100:.1f}%",
+            )
+        )
+    head = ("", "tokens", "perplexity (95% interval)", "KL divergence, nats", "same top token")
+    note = "The chosen candidate beside the original on text of another kind than it was chosen on. No budget is on it."
+    return Section("Quality on text of another domain", head, rows, note)
+
+
+def at_batches(document: Json) -> Section:
+    found = document["batches"]
+    rows = [
+        (
+            str(one["batch"]),
+            *(f"{rate:,.0f}" for rate in one["decode_tokens_per_second"]),
+            _gain(one["decode_gain"]),
+            _gain(one["prefill_gain"]),
+        )
+        for one in found
+    ]
+    head = ("batch", "decode before, tokens/s", "after", "decode gain", "prefill gain")
+    return Section("At other batch sizes", head, rows, batches.turning(found))
+
+
+def _gain(gain: Json) -> str:
+    return f"{gain['estimate']:.2f}x ({gain['low']:.2f} to {gain['high']:.2f})"
+
+
+def predicted(document: Json) -> Section:
+    found = document["predictions"]
+    rows = [
+        (
+            one["name"],
+            f"{one['composed']:.3f}",
+            f"{one['corrected']:.3f}",
+            f"{one['measured']:.3f} ({one['low']:.3f} to {one['high']:.3f})",
+            f"{one['error'] * 100:+.1f}%",
+        )
+        for one in found
+    ]
+    head = ("", "composed", "corrected", "measured (95% interval)", "error")
+    near = sum(abs(one["error"]) <= CLOSE for one in found)
+    note = (
+        f"Time as a share of the original's in the same rounds. Composed: the original's step less its matrices, plus "
+        f"the candidate's, each timed alone; corrected: plus a constant that the other candidates suggest. "
+        f"{near} of {len(found)} are within {CLOSE:.0%}."
+    )
+    return Section("Times predicted and measured", head, rows, note, (scatter.predictions(document),) if found else ())
