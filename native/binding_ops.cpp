@@ -93,9 +93,8 @@ double divergence(const std::string& isa, Floats p, Floats q) {
 }
 
 KvKind kv_kind(const std::string& name) {
-  const char* const names[] = {"f32", "bf16", "int8"};
-  for (size_t i = 0; i < std::size(names); ++i)
-    if (name == names[i]) return static_cast<KvKind>(i);
+  for (size_t i = 0; i < std::size(kKvNames); ++i)
+    if (name == kKvNames[i]) return static_cast<KvKind>(i);
   throw std::invalid_argument("unknown kv format '" + name + "'");
 }
 

@@ -69,10 +69,9 @@ struct Rotation {  // one Rope's frequencies
 };
 
 KvKind kv_kind_of(const std::string& name) {
-  const char* names[] = {"f32", "bf16", "int8"};
-  for (int i = 0; i < 3; ++i)
-    if (name == names[i]) return static_cast<KvKind>(i);
-  throw std::invalid_argument("kv_format is '" + name + "', must be 'bf16', 'int8' or 'f32'");
+  for (size_t i = 0; i < std::size(kKvNames); ++i)
+    if (name == kKvNames[i]) return static_cast<KvKind>(i);
+  throw std::invalid_argument("unknown kv format '" + name + "'");
 }
 
 const Kernels& table(const std::string& isa) {
@@ -84,7 +83,7 @@ const Kernels& table(const std::string& isa) {
 }
 
 Sizes sizes_of(int64_t context, int64_t max_tokens, int64_t max_sequences, int64_t max_rows, int64_t block_size,
-               int64_t kv_blocks, const std::string& kv_format, int threads) {
+               int64_t kv_blocks, int threads) {
   constexpr int64_t kMost = int64_t{1} << 30;
   const auto positive = [](const char* name, int64_t value) {
     require(value >= 1 && value <= kMost, std::string(name) + " is " + std::to_string(value) + ", must be at least 1");
@@ -97,16 +96,15 @@ Sizes sizes_of(int64_t context, int64_t max_tokens, int64_t max_sequences, int64
   require(block_size >= 16 && block_size <= 4096 && block_size % 16 == 0,
           "block_size is " + std::to_string(block_size) + ", must be a multiple of 16");
   require(threads >= 0 && threads <= 1024, "threads is " + std::to_string(threads) + ", must be 0 (all granted) to 1024");
-  return {context,   max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_kind_of(kv_format),
-          threads == 0 ? granted_threads() : threads};
+  return {context, max_tokens, max_sequences, max_rows, block_size, kv_blocks, threads == 0 ? granted_threads() : threads};
 }
 
 // A program, and what keeps its views alive.
 class Planned {
  public:
   Planned(const std::string& isa, int64_t context, int64_t max_tokens, int64_t max_sequences, int64_t max_rows,
-          int64_t block_size, int64_t kv_blocks, const std::string& kv_format, int threads)
-      : program(table(isa), sizes_of(context, max_tokens, max_sequences, max_rows, block_size, kv_blocks, kv_format, threads)) {}
+          int64_t block_size, int64_t kv_blocks, int threads)
+      : program(table(isa), sizes_of(context, max_tokens, max_sequences, max_rows, block_size, kv_blocks, threads)) {}
 
   int64_t value(int64_t offset, int64_t width, bool selected) {
     require(offset >= 0 && offset % kPanel == 0 && width > 0, "a value's place must be aligned");
@@ -181,15 +179,15 @@ class Planned {
                                              std::move(parts), std::move(values), kind, optional_at(residual)));
   }
 
-  void attention(int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t layer, int64_t window, float softcap,
-                 bool causal, const HeldNorm* q_norm, const HeldNorm* k_norm, const Rotation* rope, int64_t q, int64_t k,
+  void attention(int64_t heads, int64_t kv_heads, int64_t head_dim, float scale, int64_t layer, const std::string& kv_format,
+                 int64_t window, float softcap, bool causal, const HeldNorm* q_norm, const HeldNorm* k_norm, const Rotation* rope, int64_t q, int64_t k,
                  int64_t v, int64_t out) {
     require(kv_heads > 0 && heads % kv_heads == 0, "query heads must be a multiple of key heads");
     require(at(q).width == heads * head_dim && at(k).width == kv_heads * head_dim && at(v).width == at(k).width &&
                 at(out).width == at(q).width && !at(q).selected,
             "attention's values have other widths than its heads");
     AttentionArgs fixed{};
-    fixed.kv = program.kv_layer(layer, kv_heads, head_dim);
+    fixed.kv = program.kv_layer(layer, kv_kind_of(kv_format), kv_heads, head_dim);
     fixed.heads = heads;
     fixed.scale = scale;
     fixed.softcap = softcap;
@@ -326,8 +324,8 @@ class Planned {
 };
 
 void bind_building(nb::class_<Planned>& c) {
-  c.def(nb::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const std::string&, int>(), "isa"_a,
-        "context"_a, "max_tokens"_a, "max_sequences"_a, "max_rows"_a, "block_size"_a, "kv_blocks"_a, "kv_format"_a, "threads"_a)
+  c.def(nb::init<const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>(), "isa"_a,
+        "context"_a, "max_tokens"_a, "max_sequences"_a, "max_rows"_a, "block_size"_a, "kv_blocks"_a, "threads"_a)
       .def("value", &Planned::value, "offset"_a, "width"_a, "selected"_a, "A place in the arena -> its number")
       .def("embed", &Planned::embed, "weight"_a, "scale"_a, "out"_a)
       .def("input", &Planned::input, "out"_a)
@@ -337,7 +335,7 @@ void bind_building(nb::class_<Planned>& c) {
       .def("elementwise", &Planned::elementwise, "op"_a, "kind"_a, "factor"_a, "first"_a, "second"_a.none(), "out"_a)
       .def("linear", &Planned::linear, "input"_a, "norm"_a.none(), "weights"_a, "biases"_a, "outs"_a, "gate"_a,
            "residual"_a.none())
-      .def("attention", &Planned::attention, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "layer"_a, "window"_a,
+      .def("attention", &Planned::attention, "heads"_a, "kv_heads"_a, "head_dim"_a, "scale"_a, "layer"_a, "kv_format"_a, "window"_a,
            "softcap"_a, "causal"_a, "q_norm"_a.none(), "k_norm"_a.none(), "rope"_a.none(), "q"_a, "k"_a, "v"_a, "out"_a)
       .def("finish", &Planned::finish, "arena_floats"_a, "output"_a);
 }

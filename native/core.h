@@ -85,22 +85,36 @@ struct Quantised {
 
 enum class NormKind : uint8_t { rms, layer };
 enum class ActivationKind : uint8_t { none, silu, gelu, gelu_tanh, relu, tanh, sigmoid };
-enum class KvKind : uint8_t { f32, bf16, int8 };
+enum class KvKind : uint8_t { f32, bf16, int8, int4 };
+inline constexpr const char* kKvNames[] = {"f32", "bf16", "int8", "int4"};
+
+inline constexpr int64_t kMostInt4Features = 1024;   // of a head in a cache of int4
 
 // One layer's paged cache. A block holds block_size tokens of every key/value head:
 //   keys   [blocks][kv_heads][head_dim][block_size]      tokens run fastest: a score tile is a broadcast product
 //   values [blocks][kv_heads][block_size][head_dim]
 // int8: value = code * scale, codes -127..127; behind a head's codes of a block stand its scales, bfloat16 [block_size], one
 // for each token's key and one for its value.
+// int4: value = (2 * code - 15) * scale + centre, codes 0..15, two a byte: with half = ceil(head_dim / 2), feature d < half low
+// and d + half high, so that a token's bytes are its own. Behind them the scales, then the centres, bfloat16 [block_size] each.
+//   keys   [blocks][kv_heads][half][block_size], of keys turned by the Hadamard matrix of isa/attention_cache.h
+//   values [blocks][kv_heads][block_size][half]
 struct KvLayer {
   KvKind kind;
   void* keys;
   void* values;
   int64_t kv_heads, head_dim, block_size;
 
+  int64_t half() const { return (head_dim + 1) / 2; }
   int64_t head_bytes() const {        // of one head's keys, or values, in a block
     const int64_t count = head_dim * block_size;
-    return kind == KvKind::f32 ? 4 * count : kind == KvKind::bf16 ? 2 * count : count + 2 * block_size;
+    switch (kind) {
+      case KvKind::f32: return 4 * count;
+      case KvKind::bf16: return 2 * count;
+      case KvKind::int8: return count + 2 * block_size;
+      case KvKind::int4: return (half() + 4) * block_size;
+    }
+    return 0;
   }
 };
 

@@ -5,13 +5,17 @@
 // nothing. So a row's bits do not depend on the rows computed with it, on how the prompt was cut, nor on which thread made
 // which span. What no row sees is skipped: blocks outside a window are not even read.
 #pragma once
-#include "isa/attention_tile.h"
+#include "isa/attention_cache.h"
 
 namespace hasten {
 namespace {
 namespace attention {
 
 inline int64_t tile_blocks(const KvLayer& kv) { return kv.block_size < kTileKeys ? kTileKeys / kv.block_size : 1; }
+
+inline void widen_scales(const void* from, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; j += 16) simd::store(out + j, simd::load(static_cast<const uint16_t*>(from) + j));
+}
 
 // Blocks first..last of a tile.
 template <class T>
@@ -24,20 +28,53 @@ inline Tile<T> take_tile(const Rows& rows, const int32_t* table, int64_t kv_head
   tile.size = tile.key_stride = size;
   tile.value_stride = kv.head_dim;
   tile.scaled = sizeof(T) == 1;
+  tile.centred = false;
   const auto offset = [=, &kv](int64_t block) { return (table[block] * kv.kv_heads + kv_head) * bytes; };
   for (int b = 0; b < tile.blocks; ++b) {
     const int64_t block = first + b, at = offset(block);
     tile.keys[b] = reinterpret_cast<const T*>(static_cast<const std::byte*>(kv.keys) + at);
     tile.values[b] = reinterpret_cast<const T*>(static_cast<const std::byte*>(kv.values) + at);
-    tile.ahead[b] = block < last || more ? (offset(block + 1) - at) / static_cast<int64_t>(sizeof(T)) : 0;
+    tile.ahead[b] = tile.value_ahead[b] = block < last || more ? (offset(block + 1) - at) / static_cast<int64_t>(sizeof(T)) : 0;
     if constexpr (sizeof(T) == 1) {
-      const auto* key_scales = reinterpret_cast<const uint16_t*>(tile.keys[b] + kv.head_dim * size);
-      const auto* value_scales = reinterpret_cast<const uint16_t*>(tile.values[b] + kv.head_dim * size);
-      for (int64_t j = 0; j < size; j += 16) {
-        simd::store(rows.key_scales + b * size + j, simd::load(key_scales + j));
-        simd::store(rows.value_scales + b * size + j, simd::load(value_scales + j));
-      }
+      widen_scales(tile.keys[b] + kv.head_dim * size, size, rows.key_scales + b * size);
+      widen_scales(tile.values[b] + kv.head_dim * size, size, rows.value_scales + b * size);
     }
+  }
+  return tile;
+}
+
+// The same of an int4 cache, unpacked into bytes: few instructions beside those of the products. Blocks up to `end` are read
+// after it.
+inline Tile<int8_t> unpack_tile(const Rows& rows, const int32_t* table, int64_t kv_head, int64_t first, int64_t last,
+                                int64_t end) {
+  const KvLayer& kv = rows.a.kv;
+  const int64_t size = kv.block_size, half = kv.half(), head_dim = kv.head_dim, codes = half * size;
+  Tile<int8_t> tile;
+  tile.position = first * size;
+  tile.blocks = static_cast<int>(last - first + 1);
+  tile.size = tile.key_stride = size;
+  tile.value_stride = head_dim;
+  tile.scaled = tile.centred = true;
+  const auto offset = [=, &kv](int64_t block) { return (table[block] * kv.kv_heads + kv_head) * kv.head_bytes(); };
+  for (int b = 0; b < tile.blocks; ++b) {
+    const int64_t block = first + b, at = offset(block), place = b * size;
+    const auto* from_keys = static_cast<const uint8_t*>(kv.keys) + at;
+    const auto* from_values = static_cast<const uint8_t*>(kv.values) + at;
+    int8_t *keys = rows.key_codes + 2 * half * place, *values = rows.value_codes + head_dim * place;
+    unpack(from_keys, codes, keys, keys + codes);
+    for (int64_t j = 0; j < size; ++j) unpack(from_values + j * half, half, values + j * head_dim, values + j * head_dim + half);
+    tile.keys[b] = keys;
+    tile.values[b] = values;
+    const int64_t next = block + tile_blocks(kv);
+    const auto ahead = [&](const void* cache, const int8_t* copy) {
+      return next > end ? 0 : reinterpret_cast<intptr_t>(cache) + offset(next) - reinterpret_cast<intptr_t>(copy);
+    };
+    tile.ahead[b] = ahead(kv.keys, keys);
+    tile.value_ahead[b] = ahead(kv.values, values);
+    widen_scales(from_keys + codes, size, rows.key_scales + place);
+    widen_scales(from_keys + codes + 2 * size, size, rows.key_centres + place);
+    widen_scales(from_values + codes, size, rows.value_scales + place);
+    widen_scales(from_values + codes + 2 * size, size, rows.value_centres + place);
   }
   return tile;
 }
@@ -49,7 +86,7 @@ inline void begin(const Partial& p, int64_t rows, int64_t width) {
 }
 
 // All rows over one span, into rows.span.
-template <class T>
+template <class T, bool packed = false>
 inline void attend_span_as(const Rows& rows, const int32_t* table, int64_t kv_head, int64_t span) {
   const KvLayer& kv = rows.a.kv;
   const int64_t in_span = span_blocks(kv.block_size), in_tile = tile_blocks(kv);
@@ -61,10 +98,12 @@ inline void attend_span_as(const Rows& rows, const int32_t* table, int64_t kv_he
   while (block <= last) {
     int64_t end = (block / in_tile + 1) * in_tile - 1;
     if (end > last) end = last;
-    const Tile<T> tile = take_tile<T>(rows, table, kv_head, block, end, end < last);
+    Tile<T> tile;
+    if constexpr (packed) tile = unpack_tile(rows, table, kv_head, block, end, last);
+    else tile = take_tile<T>(rows, table, kv_head, block, end, end < last);
     // Few rows read a tile once, or nearly, and need no copy; columns that are not whole registers do.
-    if (rows.count <= kMostRows && kv.head_dim % 16 == 0) attend_tile<true>(rows, tile);
-    else attend_tile<false>(rows, widen(rows, tile));
+    if (rows.count <= kMostRows && kv.head_dim % 16 == 0) attend_tile<packed ? kPacked : kAsStored>(rows, tile);
+    else attend_tile<kNone>(rows, widen(rows, tile));
     block = end + 1;
   }
 }
@@ -75,6 +114,7 @@ inline void attend_one(const Rows& rows, int64_t sequence, int64_t kv_head, int6
     case KvKind::f32: return attend_span_as<float>(rows, table, kv_head, span);
     case KvKind::bf16: return attend_span_as<uint16_t>(rows, table, kv_head, span);
     case KvKind::int8: return attend_span_as<int8_t>(rows, table, kv_head, span);
+    case KvKind::int4: return attend_span_as<int8_t, true>(rows, table, kv_head, span);
   }
 }
 
@@ -120,13 +160,28 @@ inline int64_t lay_out(Rows& rows, std::byte* scratch) {
   rows.value_tile = floats(rows.tile_keys * rows.width);
   rows.key_scales = floats(rows.tile_keys);
   rows.value_scales = floats(rows.tile_keys);
+  rows.key_centres = floats(rows.tile_keys);
+  rows.value_centres = floats(rows.tile_keys);
+  rows.query_sums = floats(rows.count);
+  const bool packed = rows.a.kv.kind == KvKind::int4;
+  const auto codes = [&](int64_t features) { return reinterpret_cast<int8_t*>(take(packed ? rows.tile_keys * features : 0)); };
+  rows.key_codes = codes(2 * rows.a.kv.half());
+  rows.value_codes = codes(head_dim + 1);
   return used;
 }
 
 inline Rows describe(const AttentionArgs& a, int64_t tokens) {
   const Partial none{nullptr, nullptr, nullptr};
   return {a,       tokens * (a.heads / a.kv.kv_heads), round_up(a.kv.head_dim, 16), tile_blocks(a.kv) * a.kv.block_size,
-          nullptr, nullptr, none, none, nullptr, nullptr, nullptr, nullptr, nullptr};
+          nullptr, nullptr, none, none, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+}
+
+// As the keys that it meets are.
+inline void turn_query(float* query, int64_t head_dim, float& total) {
+  turn(query, head_dim);
+  V sum = simd::zero();
+  for (int64_t d = 0; d < head_dim; d += 16) sum = simd::add(sum, read(query + d, head_dim - d));
+  total = simd::sum(sum);
 }
 
 // Rows of tokens [token0, token1), their queries scaled.
@@ -145,6 +200,7 @@ inline Rows take_rows(const AttentionArgs& a, int64_t sequence, int64_t kv_head,
         const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
         write(rows.query + r * head_dim + d, simd::mul(read(q + d, lanes), scale), lanes);
       }
+      if (a.kv.kind == KvKind::int4) turn_query(rows.query + r * head_dim, head_dim, rows.query_sums[r]);
     }
   return rows;
 }
@@ -202,78 +258,6 @@ inline void attend_join(const AttentionArgs& a, int64_t sequence, int64_t kv_hea
   for (int64_t i = 0; i <= spans.last - spans.first; ++i)
     join(rows, partial_at(const_cast<float*>(partials) + i * stride, rows.count, rows.width));
   finish(rows, kv_head, token0);
-}
-
-// --- the cache
-
-template <class T>
-inline void write_token(const AttentionArgs& a, int64_t sequence, int64_t token) {
-  const int64_t size = a.kv.block_size, head_dim = a.kv.head_dim, position = a.positions[token], slot = position % size;
-  const int64_t block = a.block_tables[sequence * a.table_stride + position / size];
-  const float *k = a.k + token * a.k_stride, *v = a.v + token * a.v_stride;
-  for (int64_t head = 0; head < a.kv.kv_heads; ++head) {
-    const int64_t offset = (block * a.kv.kv_heads + head) * head_dim * size;
-    T* keys = static_cast<T*>(a.kv.keys) + offset + slot;
-    T* values = static_cast<T*>(a.kv.values) + offset + slot * head_dim;
-    for (int64_t d = 0; d < head_dim; d += 16) {
-      const int64_t lanes = head_dim - d < 16 ? head_dim - d : 16;
-      T column[16];
-      simd::store(column, read(k + head * head_dim + d, lanes), 16);
-      for (int64_t i = 0; i < lanes; ++i) keys[(d + i) * size] = column[i];
-      simd::store(values + d, read(v + head * head_dim + d, lanes), lanes);
-    }
-  }
-}
-
-// codes[i * stride] of x [n] and its scale: the largest magnitude / 127, rounded up to bfloat16 so that no code exceeds 127.
-// A number that is not finite makes the scale NaN, and with it all that reads the row.
-inline uint16_t quantise_row(const float* x, int64_t n, int8_t* codes, int64_t stride) {
-  V most = simd::zero(), bad = simd::zero();
-  for (int64_t d = 0; d < n; d += 16) {
-    const V v = read(x + d, n - d);
-    most = simd::maximum(simd::absolute(v), most);
-    bad = simd::fma(v, simd::zero(), bad);
-  }
-  const float exact = simd::largest(most) / 127.0f + simd::sum(bad);
-  uint32_t bits;
-  memcpy(&bits, &exact, sizeof bits);
-  bits = exact == exact ? (bits + 0xffffu) & 0xffff0000u : 0x7fc00000u;
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
-  const V inverse = simd::set(scale > 0 ? 1.0f / scale : 0.0f), magic = simd::set(12582912.0f);   // rounds, as in simd::exp
-  for (int64_t d = 0; d < n; d += 16) {
-    const int64_t lanes = n - d < 16 ? n - d : 16;
-    float shifted[16];
-    simd::store(shifted, simd::add(simd::mul(read(x + d, lanes), inverse), magic));
-    for (int64_t i = 0; i < lanes; ++i) {
-      uint32_t code;
-      memcpy(&code, shifted + i, sizeof code);
-      codes[(d + i) * stride] = static_cast<int8_t>(static_cast<uint8_t>(code));
-    }
-  }
-  return static_cast<uint16_t>(bits >> 16);
-}
-
-inline void write_token_int8(const AttentionArgs& a, int64_t sequence, int64_t token) {
-  const int64_t size = a.kv.block_size, head_dim = a.kv.head_dim, position = a.positions[token], slot = position % size;
-  const int64_t block = a.block_tables[sequence * a.table_stride + position / size];
-  for (int64_t head = 0; head < a.kv.kv_heads; ++head) {
-    const int64_t offset = (block * a.kv.kv_heads + head) * a.kv.head_bytes();
-    int8_t *keys = static_cast<int8_t*>(a.kv.keys) + offset, *values = static_cast<int8_t*>(a.kv.values) + offset;
-    uint16_t scales[2];
-    scales[0] = quantise_row(a.k + token * a.k_stride + head * head_dim, head_dim, keys + slot, size);
-    scales[1] = quantise_row(a.v + token * a.v_stride + head * head_dim, head_dim, values + slot * head_dim, 1);
-    reinterpret_cast<uint16_t*>(keys + head_dim * size)[slot] = scales[0];
-    reinterpret_cast<uint16_t*>(values + head_dim * size)[slot] = scales[1];
-  }
-}
-
-inline void kv_write(const AttentionArgs& a, int64_t sequence, int64_t token) {
-  switch (a.kv.kind) {
-    case KvKind::f32: return write_token<float>(a, sequence, token);
-    case KvKind::bf16: return write_token<uint16_t>(a, sequence, token);
-    case KvKind::int8: return write_token_int8(a, sequence, token);
-  }
 }
 
 }  // namespace attention

@@ -45,8 +45,11 @@ struct Product {
   int64_t first, last;                // columns, multiples of 16
 };
 
-// `fold(row, column, part)` takes the results. With `fetch`, as much of the next matrix is asked for as this one has been read.
-template <int R, int C, bool fetch, class T, class Fold>
+// `fold(row, column, part)` takes the results. With `fetch`, as much of the next matrix is asked for as this one has been read:
+// kAsStored, or half as many bytes where that one is packed and this is a copy.
+enum Fetch { kNone, kAsStored, kPacked };
+
+template <int R, int C, Fetch fetch, class T, class Fold>
 HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) {
   P sums[R][C];
   for (int r = 0; r < R; ++r)
@@ -54,14 +57,15 @@ HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) 
   const int64_t step = p.weight_stride, stride = p.stride;
   for (const Piece<T>* piece = p.pieces; piece != p.pieces + p.count; ++piece) {
     const T* line = piece->matrix + piece->begin * stride + column;
-    const T* next = piece->matrix + piece->ahead + (column - p.first) * (piece->end - piece->begin);
+    constexpr int pace = fetch == kPacked ? 2 : 1;
+    const T* next = piece->matrix + piece->ahead + (column - p.first) * (piece->end - piece->begin) / pace;
     // Two pointers and one stride reach eight rows without a register for each.
     const float *low = piece->weights + piece->begin, *high = low + 4 * step, *end = piece->weights + piece->end;
 #pragma GCC unroll 2
     for (; low < end; ++low, ++high, line += stride) {
-      if constexpr (fetch) {
+      if constexpr (fetch != kNone) {
         __builtin_prefetch(next);
-        next += simd::kPart * C;
+        next += simd::kPart * C / pace;
       }
       const auto weight = [&](int r) { return simd::part_set(r < 4 ? low[r * step] : high[(r - 4) * step]); };
       // Whichever are fewer stay in registers.
@@ -86,7 +90,7 @@ HASTEN_INLINE void product_tile(const Product<T>& p, int64_t column, Fold fold) 
     for (int c = 0; c < C; ++c) fold(r, column + simd::kPart * c, sums[r][c]);
 }
 
-template <int R, bool fetch, class T, class Fold>
+template <int R, Fetch fetch, class T, class Fold>
 inline void product_rows(const Product<T>& p, Fold fold) {
   constexpr int C = simd::tile_parts(R);
   int64_t column = p.first;
@@ -95,7 +99,7 @@ inline void product_rows(const Product<T>& p, Fold fold) {
     for (; column < p.last; column += 16) product_tile<R, 16 / simd::kPart, fetch>(p, column, fold);
 }
 
-template <bool fetch, class T, class Fold>
+template <Fetch fetch, class T, class Fold>
 HASTEN_INLINE void product(int rows, const Product<T>& p, Fold fold) {
   if constexpr (kMostRows > simd::kTileRows) {
     if (rows > simd::kTileRows) {   // four and the rest: a tile of them all would have more loads than multiply-adds
@@ -103,7 +107,7 @@ HASTEN_INLINE void product(int rows, const Product<T>& p, Fold fold) {
       Product<T> rest = p;
       for (int i = 0; i < rest.count; ++i) rest.pieces[i].weights += 4 * p.weight_stride;
       const auto below = [=](int r, int64_t column, P sum) { fold(r + 4, column, sum); };
-      return rows == 7 ? product_rows<3, false>(rest, below) : product_rows<4, false>(rest, below);
+      return rows == 7 ? product_rows<3, kNone>(rest, below) : product_rows<4, kNone>(rest, below);
     }
   }
   switch (rows) {
@@ -160,7 +164,10 @@ struct Rows {                         // of one call: query heads that share a k
   Partial span, whole;                // of one span; of all so far
   float* scores;                      // [kMostRows][tile_keys]
   float *key_tile, *value_tile;       // in float32: [head_dim][tile_keys], [tile_keys][width]
-  float *key_scales, *value_scales;   // [tile_keys], int8 only
+  float *key_scales, *value_scales;   // [tile_keys], int8 and int4
+  float *key_centres, *value_centres; // [tile_keys], int4
+  float* query_sums;                  // [rows] of a query's features, int4
+  int8_t *key_codes, *value_codes;    // int4's as odd bytes, as an int8 cache's blocks stand, one behind the other
 };
 
 // Neighbouring blocks, of the cache's type; or, as one, in float32.
@@ -171,16 +178,19 @@ struct Tile {
   const T *keys[kTileBlocks], *values[kTileBlocks];
   int64_t size;                       // tokens of a block
   int64_t key_stride, value_stride;
-  int64_t ahead[kTileBlocks];         // elements to the next block; 0: none
-  bool scaled;                        // rows' key_scales and value_scales hold
+  int64_t ahead[kTileBlocks];         // elements to the block to fetch meanwhile; 0: none
+  int64_t value_ahead[kTileBlocks];   // the same from values
+  bool scaled, centred;               // rows' key_scales and value_scales hold; their centres
 };
 
 inline constexpr float kLog2e = 1.44269504f;
 
+struct Sums { float most[16], total[16], centre[16]; };   // of rows in a tile: centre is what their values' centres add
+
 // Scores of `count` rows in place -> weights 2^(score - max), times the values' scales; slots not seen have none. Leaves each
-// row's max and sum over columns [first, last). Stage by stage over the rows, so that the processor overlaps their reductions.
-inline void soften(const Rows& rows, const Slots* seen, int count, int64_t first, int64_t last, bool scaled, float* most,
-                   float* total) {
+// row's sums over columns [first, last). Stage by stage over the rows, so that the processor overlaps their reductions.
+template <class T>
+inline void soften(const Rows& rows, const Tile<T>& tile, const Slots* seen, int count, int64_t first, int64_t last, Sums& sums) {
   const int64_t stride = rows.tile_keys;
   const V lowest = simd::set(-simd::kInfinity), cap = simd::set(rows.a.softcap), full = simd::set(rows.a.softcap * kLog2e);
   if (rows.a.softcap > 0)
@@ -196,28 +206,32 @@ inline void soften(const Rows& rows, const Slots* seen, int count, int64_t first
     across[r] = lowest;
     for (int64_t j = first; j < last; j += 16) across[r] = simd::maximum(simd::load(row + j), across[r]);
   }
-  for (int r = 0; r < count; ++r) most[r] = simd::largest(across[r]);
+  for (int r = 0; r < count; ++r) sums.most[r] = simd::largest(across[r]);
   for (int r = 0; r < count; ++r) {
     float* row = rows.scores + r * stride;
     if (seen[r].begin >= seen[r].end) {
       across[r] = simd::zero();
       continue;
     }
-    const V shift = simd::set(most[r]);
-    V sum = simd::zero();
+    const V shift = simd::set(sums.most[r]);
+    V sum = simd::zero(), centre = simd::zero();
     for (int64_t j = first; j < last; j += 16) {
       // A slot not seen holds -infinity, so only a row whose every score is -infinity or NaN meets NaN here.
       const V e = simd::exp2_nonpositive(simd::sub(simd::load(row + j), shift));
       sum = simd::add(sum, e);
-      simd::store(row + j, scaled ? simd::mul(e, simd::load(rows.value_scales + j)) : e);
+      simd::store(row + j, tile.scaled ? simd::mul(e, simd::load(rows.value_scales + j)) : e);
+      if (!tile.centred) continue;
+      const simd::M mask = simd::lanes(seen[r].begin - j, seen[r].end - j);   // a slot not seen may hold NaN
+      centre = simd::fma(e, simd::select(mask, simd::load(rows.value_centres + j), simd::zero()), centre);
     }
     across[r] = sum;
+    if (tile.centred) sums.centre[r] = simd::sum(centre);
   }
-  for (int r = 0; r < count; ++r) total[r] = simd::sum(across[r]);
+  for (int r = 0; r < count; ++r) sums.total[r] = simd::sum(across[r]);
 }
 
 // scores[row][slot] of rows row0.. in columns [first, last).
-template <bool fetch, class T>
+template <Fetch fetch, class T>
 inline void score(const Rows& rows, const Tile<T>& tile, int64_t row0, int count, int64_t first, int64_t last) {
   const int64_t head_dim = rows.a.kv.head_dim;
   for (int b = 0; b < tile.blocks; ++b) {
@@ -232,18 +246,21 @@ inline void score(const Rows& rows, const Tile<T>& tile, int64_t row0, int count
     p.first = from;
     p.last = to;
     float* scores = rows.scores + begin;
-    const float* scales = tile.scaled ? rows.key_scales + begin : nullptr;
+    const float *scales = rows.key_scales + begin, *centres = rows.key_centres + begin, *sums = rows.query_sums + row0;
     const int64_t stride = rows.tile_keys;
+    const bool scaled = tile.scaled, centred = tile.centred;
     product<fetch>(count, p, [=](int r, int64_t j, P s) {
-      simd::store(scores + r * stride + j, scales == nullptr ? s : simd::mul(s, simd::part_load(scales + j)));
+      if (scaled) s = simd::mul(s, simd::part_load(scales + j));
+      if (centred) s = simd::fma(simd::part_set(sums[r]), simd::part_load(centres + j), s);
+      simd::store(scores + r * stride + j, s);
     });
   }
 }
 
 // Weights of rows row0 + first.. times the values of the slots that they all see, into the span's outputs.
-template <bool fetch, class T>
+template <Fetch fetch, class T>
 inline void add_values(const Rows& rows, const Tile<T>& tile, int64_t row0, int first, int count, Slots seen,
-                       const Factors& factors) {
+                       const Factors& factors, const Sums& sums) {
   const int64_t width = rows.width;
   Product<T> p;
   p.count = 0;
@@ -255,18 +272,20 @@ inline void add_values(const Rows& rows, const Tile<T>& tile, int64_t row0, int 
     const int64_t base = b * tile.size;
     const int64_t from = seen.begin > base ? seen.begin - base : 0, to = seen.end - base < tile.size ? seen.end - base : tile.size;
     if (from >= to) continue;
-    p.pieces[p.count++] = {tile.values[b], rows.scores + first * rows.tile_keys + base, from, to, tile.ahead[b]};
+    p.pieces[p.count++] = {tile.values[b], rows.scores + first * rows.tile_keys + base, from, to, tile.value_ahead[b]};
   }
   float* output = rows.span.output + (row0 + first) * width;
-  const float *keep = factors.keep + first, *take = factors.take + first;
+  const float *keep = factors.keep + first, *take = factors.take + first, *centre = sums.centre + first;
+  const bool centred = tile.centred;
   product<fetch>(count, p, [=](int r, int64_t d, P o) {
+    if (centred) o = simd::add(o, simd::part_set(centre[r]));
     float* at = output + r * width + d;
     simd::store(at, simd::fma(o, simd::part_set(take[r]), simd::mul(simd::part_load(at), simd::part_set(keep[r]))));
   });
 }
 
 // Rows [row0, row0 + count) against one tile, into the span.
-template <bool fetch, class T>
+template <Fetch fetch, class T>
 inline void attend_rows(const Rows& rows, const Tile<T>& tile, int64_t row0, int count) {
   Slots seen[kMostRows];
   const int64_t slots = tile.blocks * tile.size;
@@ -282,21 +301,22 @@ inline void attend_rows(const Rows& rows, const Tile<T>& tile, int64_t row0, int
   first = first / 16 * 16;
   last = round_up(last, 16);
   score<fetch>(rows, tile, row0, count, first, last);
-  float most[16], total[16];
-  simd::store(most, simd::zero());
-  simd::store(total, simd::zero());
-  soften(rows, seen, count, first, last, tile.scaled, most, total);
-  const Factors factors = merge(rows.span, row0, count, simd::load(most), simd::load(total));
+  Sums sums;
+  simd::store(sums.most, simd::zero());
+  simd::store(sums.total, simd::zero());
+  simd::store(sums.centre, simd::zero());
+  soften(rows, tile, seen, count, first, last, sums);
+  const Factors factors = merge(rows.span, row0, count, simd::load(sums.most), simd::load(sums.total));
   // Runs of rows that see the same slots: others are never multiplied, not even by zero.
   for (int run = 0; run < count;) {
     int next = run + 1;
     while (next < count && seen[next].begin == seen[run].begin && seen[next].end == seen[run].end) ++next;
-    if (seen[run].begin < seen[run].end) add_values<fetch>(rows, tile, row0, run, next - run, seen[run], factors);
+    if (seen[run].begin < seen[run].end) add_values<fetch>(rows, tile, row0, run, next - run, seen[run], factors, sums);
     run = next;
   }
 }
 
-template <bool fetch, class T>
+template <Fetch fetch, class T>
 inline void attend_tile(const Rows& rows, const Tile<T>& tile) {
   const int64_t group = rows.count <= kMostRows ? kMostRows : simd::kTileRows;
   for (int64_t r = 0; r < rows.count; r += group)
@@ -320,12 +340,12 @@ inline Tile<float> widen(const Rows& rows, const Tile<T>& tile) {
       for (int64_t d = 0; d < head_dim; d += 16) {
         const int64_t left = head_dim - d;
         const T* from = tile.values[b] + j * head_dim + d;
-        __builtin_prefetch(from + tile.ahead[b]);
+        __builtin_prefetch(from + tile.value_ahead[b]);
         simd::store(values + j * rows.width + d, read(from, left));
       }
   }
   return {tile.position, 1,       {rows.key_tile}, {rows.value_tile}, tile.blocks * tile.size, rows.tile_keys, rows.width,
-          {},            tile.scaled};
+          {},            {},      tile.scaled,      tile.centred};
 }
 
 }  // namespace attention

@@ -84,6 +84,15 @@ HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
 
+inline constexpr int kNibbleBytes = 32;
+HASTEN_INLINE void odd_nibbles(const uint8_t* p, int8_t* low, int8_t* high) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i even = _mm256_set1_epi8(30), fifteen = _mm256_set1_epi8(15);
+  const auto odd = [&](__m256i doubled) { return _mm256_sub_epi8(_mm256_and_si256(doubled, even), fifteen); };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), odd(_mm256_add_epi8(bytes, bytes)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), odd(_mm256_srli_epi16(bytes, 3)));
+}
+
 HASTEN_INLINE V add(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 HASTEN_INLINE V sub(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 HASTEN_INLINE V mul(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -108,6 +117,7 @@ HASTEN_INLINE P part_load(const float* p) { return {_mm256_loadu_ps(p)}; }
 HASTEN_INLINE P part_load(const uint16_t* p) { return {widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 HASTEN_INLINE P part_load(const int8_t* p) { return {widen_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))}; }
 HASTEN_INLINE void store(float* p, P a) { _mm256_storeu_ps(p, a.v); }
+HASTEN_INLINE P add(P a, P b) { return {_mm256_add_ps(a.v, b.v)}; }
 HASTEN_INLINE P mul(P a, P b) { return {_mm256_mul_ps(a.v, b.v)}; }
 HASTEN_INLINE P fma(P a, P b, P c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 

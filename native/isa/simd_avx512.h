@@ -67,6 +67,16 @@ HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   _mm256_mask_storeu_epi16(p, lanes(0, n).m, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
+// 2 * code - 15 of the low nibbles of kNibbleBytes bytes, and of their high ones.
+inline constexpr int kNibbleBytes = 32;
+HASTEN_INLINE void odd_nibbles(const uint8_t* p, int8_t* low, int8_t* high) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i even = _mm256_set1_epi8(30), fifteen = _mm256_set1_epi8(15);
+  const auto odd = [&](__m256i doubled) { return _mm256_sub_epi8(_mm256_and_si256(doubled, even), fifteen); };
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), odd(_mm256_add_epi8(bytes, bytes)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), odd(_mm256_srli_epi16(bytes, 3)));
+}
+
 HASTEN_INLINE V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
 HASTEN_INLINE V sub(V a, V b) { return {_mm512_sub_ps(a.v, b.v)}; }
 HASTEN_INLINE V mul(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }

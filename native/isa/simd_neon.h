@@ -93,6 +93,13 @@ HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
 
+inline constexpr int kNibbleBytes = 16;
+HASTEN_INLINE void odd_nibbles(const uint8_t* p, int8_t* low, int8_t* high) {
+  const uint8x16_t bytes = vld1q_u8(p), even = vdupq_n_u8(30), fifteen = vdupq_n_u8(15);
+  vst1q_s8(low, vreinterpretq_s8_u8(vsubq_u8(vandq_u8(vshlq_n_u8(bytes, 1), even), fifteen)));
+  vst1q_s8(high, vreinterpretq_s8_u8(vsubq_u8(vandq_u8(vshrq_n_u8(bytes, 3), even), fifteen)));
+}
+
 HASTEN_INLINE V add(V a, V b) { return each([&](int i) { return vaddq_f32(a.part[i], b.part[i]); }); }
 HASTEN_INLINE V sub(V a, V b) { return each([&](int i) { return vsubq_f32(a.part[i], b.part[i]); }); }
 HASTEN_INLINE V mul(V a, V b) { return each([&](int i) { return vmulq_f32(a.part[i], b.part[i]); }); }
@@ -106,6 +113,7 @@ HASTEN_INLINE P part_load(const float* p) { return {vld1q_f32(p)}; }
 template <class T>
 HASTEN_INLINE P part_load(const T* p) { return {widen_four(p)}; }
 HASTEN_INLINE void store(float* p, P a) { vst1q_f32(p, a.v); }
+HASTEN_INLINE P add(P a, P b) { return {vaddq_f32(a.v, b.v)}; }
 HASTEN_INLINE P mul(P a, P b) { return {vmulq_f32(a.v, b.v)}; }
 HASTEN_INLINE P fma(P a, P b, P c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 

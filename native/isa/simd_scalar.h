@@ -98,6 +98,14 @@ HASTEN_INLINE void store(uint16_t* p, V a, int64_t n) {
   }
 }
 
+inline constexpr int kNibbleBytes = 16;
+HASTEN_INLINE void odd_nibbles(const uint8_t* p, int8_t* low, int8_t* high) {
+  for (int i = 0; i < kNibbleBytes; ++i) {
+    low[i] = static_cast<int8_t>(2 * (p[i] & 15) - 15);
+    high[i] = static_cast<int8_t>(2 * (p[i] >> 4) - 15);
+  }
+}
+
 HASTEN_INLINE V add(V a, V b) { return each([&](int i) { return a.part[i] + b.part[i]; }); }
 HASTEN_INLINE V sub(V a, V b) { return each([&](int i) { return a.part[i] - b.part[i]; }); }
 HASTEN_INLINE V mul(V a, V b) { return each([&](int i) { return a.part[i] * b.part[i]; }); }

@@ -55,14 +55,17 @@ const RopeTable& Program::rope(const std::vector<float>& frequencies, float fact
   return *ropes_.back();
 }
 
-KvLayer Program::kv_layer(int64_t layer, int64_t kv_heads, int64_t head_dim) {
+KvLayer Program::kv_layer(int64_t layer, KvKind kind, int64_t kv_heads, int64_t head_dim) {
+  if (kind == KvKind::int4 && head_dim > kMostInt4Features)
+    throw std::invalid_argument("cache layer " + text(layer) + " has heads of " + text(head_dim) + " features; int4 takes " +
+                                text(kMostInt4Features));
   for (const Layer& known : layers_) {
     if (known.layer != layer) continue;
-    if (known.view.kv_heads != kv_heads || known.view.head_dim != head_dim)
+    if (known.view.kv_heads != kv_heads || known.view.head_dim != head_dim || known.view.kind != kind)
       throw std::invalid_argument("cache layer " + text(layer) + " is used with two shapes");
     return known.view;
   }
-  Layer made{layer, {sizes_.kv, nullptr, nullptr, kv_heads, head_dim, sizes_.block_size}, {}, {}};
+  Layer made{layer, {kind, nullptr, nullptr, kv_heads, head_dim, sizes_.block_size}, {}, {}};
   const int64_t bytes = sizes_.kv_blocks * kv_heads * made.view.head_bytes();
   made.keys = Arena(bytes);
   made.values = Arena(bytes);

@@ -25,7 +25,6 @@ struct ContextLimitError : std::invalid_argument {
 
 struct Sizes {
   int64_t context, max_tokens, max_sequences, max_rows, block_size, kv_blocks;
-  KvKind kv;
   int threads;
 };
 
@@ -115,7 +114,7 @@ class Program {
   void set_vocabulary(int64_t rows) { vocabulary_ = rows; }       // token ids are checked against it
   void set_hidden_width(int64_t width) { hidden_width_ = width; }
   const RopeTable& rope(const std::vector<float>& frequencies, float factor);
-  KvLayer kv_layer(int64_t layer, int64_t kv_heads, int64_t head_dim);
+  KvLayer kv_layer(int64_t layer, KvKind kind, int64_t kv_heads, int64_t head_dim);
   void finish(int64_t arena_floats, const Value& output);
 
   // Held while a step runs or its outputs are read, sizes checked and all: they change with the next step. Never waits:

@@ -133,7 +133,8 @@ int main(int argc, char** argv) {
   }
   // bf16_peak is float32's multiply-adds, but where there is an instruction for bf16.
   const Kernels& peak = isa.starts_with("avx512_bf16") ? *kernels_for("avx512") : *kernels;
-  const std::pair<const char*, KvKind> kinds[] = {{"f32", KvKind::f32}, {"bf16", KvKind::bf16}, {"int8", KvKind::int8}};
+  const std::pair<const char*, KvKind> kinds[] = {{
+      {"f32", KvKind::f32}, {"bf16", KvKind::bf16}, {"int8", KvKind::int8}, {"int4", KvKind::int4}};
   for (const Shape& s : {Shape{14, 2, 64}, Shape{32, 4, 64}})
     for (const auto& [name, kind] : kinds) {
       std::printf("%s %lld/%lld x %lld %-5s decode", isa.c_str(), static_cast<long long>(s.heads),

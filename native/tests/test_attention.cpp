@@ -21,6 +21,8 @@ const Case kCases[] = {
     {.heads = 3, .kv_heads = 3, .head_dim = 24, .block_size = 32},
     {.heads = 7, .kv_heads = 1, .head_dim = 64, .block_size = 32},
     {.heads = 9, .kv_heads = 1, .head_dim = 100},
+    {.heads = 2, .kv_heads = 1, .head_dim = 27},
+    {.heads = 3, .kv_heads = 1, .head_dim = 96},
     {.heads = 6, .kv_heads = 3, .head_dim = 40, .block_size = 48, .tile = 5},
     {.window = 1},
     {.heads = 2, .block_size = 32, .window = 37},
@@ -101,15 +103,23 @@ class Cache {
     layer.block_size = c.block_size;
   }
   bool intact() const { return keys_.intact() && values_.intact(); }
-  // int8: feature d of a key, or a value, is code * scale; the block's scales, bfloat16, stand behind its codes.
-  struct Code { int8_t code; double scale; };
-  Code code(bool value, int64_t position, int64_t head, int64_t d) const {
-    const int64_t size = layer.block_size, count = layer.head_dim * size, slot = position % size;
+  // A number of an int8 or int4 cache, and how far from what was written it may be, as native/core.h states the layouts: the
+  // block's scales, bfloat16, stand behind its codes, int4's centres behind these.
+  struct Held { double number, reach; };
+  Held held(bool value, int64_t position, int64_t head, int64_t d) const {
+    const bool packed = layer.kind == KvKind::int4;
+    const int64_t size = layer.block_size, slot = position % size, width = packed ? (layer.head_dim + 1) / 2 : layer.head_dim;
     const int64_t block = table[static_cast<size_t>(position / size)] * layer.kv_heads + head;
-    const uint8_t* at = (value ? values_ : keys_).data() + block * (count + 2 * size);
-    uint16_t scale;
-    std::memcpy(&scale, at + count + 2 * slot, 2);
-    return {static_cast<int8_t>(at[value ? slot * layer.head_dim + d : d * size + slot]), bf16_value(scale)};
+    const uint8_t* at = (value ? values_ : keys_).data() + block * (width + (packed ? 4 : 2)) * size;
+    const auto half = [&](int64_t index) {
+      uint16_t bits;
+      std::memcpy(&bits, at + width * size + 2 * index, 2);
+      return bf16_value(bits);
+    };
+    const int64_t byte = d % width;
+    const uint8_t code = at[value ? slot * width + byte : byte * size + slot];
+    if (!packed) return {static_cast<int8_t>(code) * half(slot), 0.51 * half(slot)};
+    return {(2 * (d < width ? code % 16 : code / 16) - 15) * half(slot) + half(size + slot), 1.02 * half(slot)};
   }
   KvLayer layer;
   std::vector<int32_t> table;
@@ -117,8 +127,9 @@ class Cache {
  private:
   int64_t bytes(const Case& c, KvKind kind) const {
     const int64_t count = c.head_dim * c.block_size;
-    const int64_t head = kind == KvKind::f32 ? 4 * count : kind == KvKind::bf16 ? 2 * count : count + 2 * c.block_size;
-    return blocks_ * c.kv_heads * head;
+    const int64_t four = (c.head_dim + 1) / 2 * c.block_size + 4 * c.block_size;
+    const int64_t heads[] = {4 * count, 2 * count, count + 2 * c.block_size, four};   // in the order of KvKind
+    return blocks_ * c.kv_heads * heads[static_cast<int>(kind)];
   }
   int64_t blocks_;
   Guarded<uint8_t> keys_, values_;
@@ -244,42 +255,60 @@ void check_cuts(const Kernels& k, const Case& c, KvKind kind, const Sequence& s,
   same(std::vector<int64_t>(static_cast<size_t>(s.length), 1), 1, "token by token");
 }
 
-// What the int8 cache holds is within half a step of what was written; returns it.
+// Rows [heads' features] times the Hadamard matrix of the largest power of two that divides a head's, part by part.
+std::vector<double> turned(const std::vector<double>& rows, int64_t head_dim) {
+  const size_t size = static_cast<size_t>(head_dim & -head_dim);
+  std::vector<double> out(rows.size());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    for (size_t j = 0; j < size; ++j) {
+      const double sign = __builtin_popcountll(i % static_cast<size_t>(head_dim) % size & j) % 2 ? -1 : 1;
+      out[i] += sign * rows[i / size * size + j];
+    }
+    out[i] /= std::sqrt(static_cast<double>(size));
+  }
+  return out;
+}
+
+// What an int8 or int4 cache holds is within half a step of what was written; returns it.
 std::vector<double> decoded(const Case& c, const Cache& cache, const Sequence& s, bool value, int number) {
-  const std::vector<float>& from = value ? s.v : s.k;
+  const std::vector<float>& given = value ? s.v : s.k;
+  const bool turns = !value && cache.layer.kind == KvKind::int4;
+  std::vector<double> from(given.begin(), given.end());
+  if (turns) from = turned(from, c.head_dim);
   std::vector<double> all(from.size());
   for (int64_t i = 0; i < static_cast<int64_t>(all.size()); ++i) {
     const int64_t d = i % c.head_dim, head = i / c.head_dim % c.kv_heads, position = i / c.head_dim / c.kv_heads;
-    const Cache::Code found = cache.code(value, position, head, d);
-    double& decoded = all[static_cast<size_t>(i)] = found.code * found.scale;
-    if (!expect(std::fabs(decoded - from[static_cast<size_t>(i)]) <= 0.51 * found.scale && found.code != -128,
-                "attention case %d: %g is kept as %d times %g", number,
-                static_cast<double>(from[static_cast<size_t>(i)]), found.code, found.scale))
+    const Cache::Held found = cache.held(value, position, head, d);
+    const double wanted = from[static_cast<size_t>(i)];
+    all[static_cast<size_t>(i)] = found.number;
+    if (!expect(std::fabs(found.number - wanted) <= found.reach, "attention case %d: %g is kept as %g, half a step is %g",
+                number, wanted, found.number, found.reach))
       break;
   }
-  return all;
+  return turns ? turned(all, c.head_dim) : all;
 }
 
-void check_int8(const Kernels& k, const Case& c, int number) {
+void check_coded(const Kernels& k, const Case& c, KvKind kind, int number) {
   const Sequence s(c, 53, static_cast<uint64_t>(number + 100));
   const float scale = 1.7f / std::sqrt(static_cast<float>(c.head_dim));
   std::optional<Cache> cache;
-  const std::vector<float> whole = run(k, c, KvKind::int8, s, scale, {s.length}, c.tile, &cache);
+  const std::vector<float> whole = run(k, c, kind, s, scale, {s.length}, c.tile, &cache);
   const std::vector<double> keys = decoded(c, *cache, s, false, number), values = decoded(c, *cache, s, true, number);
   check_close(whole, textbook(c, s, keys, values, scale), number);
-  check_cuts(k, c, KvKind::int8, s, scale, whole, number);
+  check_cuts(k, c, kind, s, scale, whole, number);
 }
 
 // Over several spans of keys: the textbook's result, and the same bits from spans made one by one.
 void check_spans(const Kernels& k, int number) {
   const std::pair<Case, KvKind> cases[] = {{{.head_dim = 20}, KvKind::f32},
                                            {{.heads = 7, .kv_heads = 1, .block_size = 48, .window = 530}, KvKind::bf16},
-                                           {{.block_size = 512}, KvKind::int8}};
+                                           {{.block_size = 512}, KvKind::int8},
+                                           {{.heads = 7, .kv_heads = 1, .head_dim = 32}, KvKind::int4}};
   for (const auto& [c, kind] : cases) {
     const Sequence s(c, 560, static_cast<uint64_t>(number));
     const std::vector<int64_t> chunks{540, 1, 19};
     const std::vector<float> whole = run(k, c, kind, s, 0.4f, chunks, c.tile);
-    if (kind != KvKind::int8) check_close(whole, textbook(c, s, stored(s.k, kind), stored(s.v, kind), 0.4f), number);
+    if (kind <= KvKind::bf16) check_close(whole, textbook(c, s, stored(s.k, kind), stored(s.v, kind), 0.4f), number);
     const std::vector<float> other = run(k, c, kind, s, 0.4f, chunks, c.tile, nullptr, true);
     expect(same_bits(other.data(), whole.data(), static_cast<int64_t>(whole.size())),
            "attention case %d: other bits in spans", number++);
@@ -314,9 +343,10 @@ void test_attention(const Kernels& k) {
     check_close(whole, p.wanted, number);
     check_cuts(k, p.c, p.kind, p.sequence, p.scale, whole, number++);
   }
-  for (const Case& c : kCases) check_int8(k, c, number++);
+  for (const KvKind kind : {KvKind::int8, KvKind::int4})
+    for (const Case& c : kCases) check_coded(k, c, kind, number++);
   check_spans(k, number);
-  for (const KvKind kind : {KvKind::f32, KvKind::bf16})
+  for (const KvKind kind : {KvKind::f32, KvKind::bf16, KvKind::int8, KvKind::int4})
     for (const float bad : {NAN, INFINITY}) check_leaks(k, kind, bad);
 }
 

@@ -66,7 +66,7 @@ class Arrangement {                                                  // values o
 };
 
 std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threads) {
-  const Sizes sizes{64, kTokens, 2, kTokens, 16, 8, KvKind::bf16, threads};
+  const Sizes sizes{64, kTokens, 2, kTokens, 16, 8, threads};
   auto program = std::make_unique<Program>(kernels, sizes);
   Arrangement at;
   const Value x = at.take(kWidth), q = at.take(kHeads * kHeadDim), k = at.take(kKvHeads * kHeadDim),
@@ -75,7 +75,7 @@ std::unique_ptr<Program> build(const Kernels& kernels, const Model& m, int threa
               rows = at.take(kWidth, true), logits = at.take(kVocabulary, true);
   const NormSpec norm{NormKind::rms, 1, m.norm.data(), nullptr, 1e-5f};
   AttentionArgs attention{};
-  attention.kv = program->kv_layer(0, kKvHeads, kHeadDim);
+  attention.kv = program->kv_layer(0, KvKind::bf16, kKvHeads, kHeadDim);
   attention.heads = kHeads;
   attention.scale = 0.3f;
   attention.causal = true;

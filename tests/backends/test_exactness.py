@@ -213,13 +213,13 @@ def test_the_check_sees_a_sum_that_depends_on_threads(name, format_name, isa, th
 
 
 @every_isa
-@pytest.mark.parametrize("kv_format", ["f32", "int8"])
+@pytest.mark.parametrize("kv_format", ["f32", "int8", ("int4", "bf16"), ("bf16", "int4")])
 def test_bits_are_the_same_with_other_caches(isa, kv_format):
     check("all at once", "int4-g64", isa, kv_format)
 
 
 @every_isa
-@pytest.mark.parametrize("kv_format", ["f32", "int8"])
+@pytest.mark.parametrize("kv_format", ["f32", "int8", ("int4", "bf16"), ("bf16", "int4")])
 def test_the_check_sees_it_with_other_caches(isa, kv_format, thread_sum):
     with pytest.raises(AssertionError):
         check("all at once", "int4-g64", isa, kv_format)
@@ -282,7 +282,7 @@ def check_deep(kv_format, isa):
 
 
 @every_isa
-@pytest.mark.parametrize("kv_format", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_format", ["f32", "bf16", "int8", "int4"])
 def test_long_contexts_are_the_same_on_any_number_of_threads(isa, kv_format):
     check_deep(kv_format, isa)
 

@@ -67,6 +67,12 @@ def test_round_trip(tmp_path: Path, model: Model, artifact: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fast", "original"]
 
 
+def test_the_cache_that_an_artifact_was_made_for(tmp_path: Path, model: Model, artifact: Path) -> None:
+    assert checkpoint.open(str(artifact)).kv_formats == () == model.kv_formats
+    path = checkpoint.write_artifact(tmp_path / "chosen", model, packed(model), {}, {}, ["int8", "int4"])
+    assert checkpoint.open(str(path)).kv_formats == ("int8", "int4")
+
+
 def test_weights_are_mapped_not_copied(artifact: Path) -> None:
     for weight in checkpoint.open(str(artifact)).weights().values():
         arrays = weight.arrays.values() if isinstance(weight, Weight) else [weight]
@@ -171,7 +177,9 @@ def first(tensors: dict[str, Any], **fields: Any) -> dict[str, Any]:
 TAMPERED: list[tuple[Any, str]] = [
     (lambda p: (p / "hasten.json").unlink(), "holds no weights"),
     (lambda p: (p / "hasten.json").write_text("{"), "not valid JSON"),
-    (lambda p: change(p, format_version=2), "format version 2, this hasten reads 1"),
+    (lambda p: change(p, format_version=3), "format version 3, this hasten reads 1 and 2"),
+    (lambda p: change(p, format_version=2), "format version 2, and no other, states a structure"),
+    (lambda p: change(p, structure={"dropped": [0]}), "format version 2, and no other, states a structure"),
     (lambda p: change(p, format_version=True), "format version True, this hasten reads 1"),
     (lambda p: change(p, files=lambda f: {k: v for k, v in f.items() if k != "config.json"}), "does not name config"),
     (
@@ -179,6 +187,13 @@ TAMPERED: list[tuple[Any, str]] = [
         "vector 'model.norm.weight' has format 'int4-g64', must be f32",
     ),
     (lambda p: change(p, tensors=[]), "tensors is missing or of the wrong type"),
+    (
+        lambda p: change(p, kv_formats=["int8"]),
+        "kv_formats must name one of .*int4, f32 for each of 2 layers",
+    ),
+    (lambda p: change(p, kv_formats=["int8", "int3"]), "kv_formats must name"),
+    (lambda p: change(p, kv_formats=["int8", 4]), "kv_formats must name"),
+    (lambda p: change(p, kv_formats="int8"), "kv_formats must name"),
     (lambda p: change(p, dtype="f8"), "dtype is 'f8'"),
     (lambda p: change(p, blocks=[]), "block shapes differ"),
     (lambda p: change(p, tensors=lambda t: {**t, "extra": next(iter(t.values()))}), "disagree about tensor 'extra'"),

@@ -66,9 +66,9 @@ class Reader:
 
 def written(tmp_path: Path, config: dict[str, Any], kind: str) -> tuple[checkpoint.Model, Reader]:
     model = checkpoint.open(str(making.directory(tmp_path / "model", config)))
-    size = write_gguf(model, tmp_path / "out.gguf", kind)
+    types = write_gguf(model, tmp_path / "out.gguf", kind)
     found = Reader(tmp_path / "out.gguf")
-    assert 0 < size <= len(found.data) - found.begin
+    assert set(types) == {spec.name for spec in model.graph.matrices()}
     assert not list(tmp_path.glob("*.part"))
     return model, found
 

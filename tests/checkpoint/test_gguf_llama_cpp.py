@@ -86,3 +86,50 @@ def test_text_is_cut_the_same(llama: Runner, model: checkpoint.Model, tmp_path: 
     write_gguf(model, tmp_path / "q8.gguf", "q8_0")
     found = llama.call("encode", path=str(tmp_path / "q8.gguf"), text=TEXT)["tokens"]
     assert found == list(model.tokenizer.encode(TEXT))
+
+
+QUANTISED_BOUND = 0.06
+"""Of the largest logit: for quantised weights llama.cpp rounds activations to 8 bits, which float32 does not."""
+FILE_TYPES = {"Q4_0": 2, "Q3_K_M": 12, "Q4_K_M": 15}
+"""ggml's llama_ftype."""
+
+
+def forced(llama: Runner, path: Path, tokens: list[int]) -> np.ndarray:
+    out = path.with_suffix(".npy")
+    llama.call("logits", path=str(path), out=str(out), tokens=tokens, threads=2)
+    return np.asarray(np.load(out))
+
+
+def test_what_it_quantises_is_read_as_it_means_it(llama: Runner, tmp_path: Path) -> None:
+    """Its own quantizer writes each type; its logits from that file are ours from that file."""
+    demo = checkpoint.open("demo")
+    tokens = list(demo.tokenizer.encode(checkpoint.demo_text("final")))[:64]
+    write_gguf(demo, tmp_path / "f16.gguf", "f16")
+    original = own_logits(demo, tokens)
+    for name, file_type in FILE_TYPES.items():
+        path = tmp_path / f"{name}.gguf"
+        llama.call("quantize", source=str(tmp_path / "f16.gguf"), target=str(path), file_type=file_type, threads=2)
+        model = checkpoint.open(str(path))
+        theirs, ours = forced(llama, path, tokens), own_logits(model, tokens)
+        error, changed = np.abs(theirs - ours).mean(), np.abs(original - ours).mean()
+        kinds = ", ".join(sorted(set(model.formats.values())))
+        print(f"{name}: held as {kinds}; logits within {error:.3f} of its, {changed:.3f} of the original's")
+        assert np.abs(theirs - ours).max() < QUANTISED_BOUND * np.abs(ours).max()
+        assert error < 0.7 * changed  # what it rounds while it runs is less than what it rounded in the file
+
+
+def test_it_runs_an_artifact_of_many_formats(llama: Runner, tmp_path: Path) -> None:
+    demo = checkpoint.open("demo")
+    tokens = list(demo.tokenizer.encode(checkpoint.demo_text("final")))[:200]
+    names = ["int4-g32", "int8-g64", "codebook4-g32", "sparse8-g128", "int3-g32", "bf16", "int4-g128"]
+    weights: dict[str, formats.Weight | np.ndarray] = {}
+    for number, (name, spec) in enumerate(demo.graph.weights.items()):
+        values = demo.tensor(name)
+        weights[name] = formats.get(names[number % len(names)]).pack(values) if spec.is_matrix else values
+    model = checkpoint.open(str(checkpoint.write_artifact(tmp_path / "a", demo, weights, {}, {})))
+    written = write_gguf(model, tmp_path / "mixed.gguf", None)
+    assert set(written.values()) == {"q4_0", "q8_0", "bf16"}
+    theirs, ours = forced(llama, tmp_path / "mixed.gguf", tokens), own_logits(model, tokens)
+    error = np.abs(theirs - ours).max() / np.abs(ours).max()
+    print(f"logits within {error:.1e}; agrees {(theirs.argmax(axis=1) == ours.argmax(axis=1)).mean():.1%}")
+    assert error < QUANTISED_BOUND

@@ -260,7 +260,17 @@ def test_inspect_predicts_an_int8_cache(model: str, capsys: Captured) -> None:
     memory = json.loads(capsys.readouterr().out)["memory"]
     assert memory["kv_format"] == "int8"
     assert memory["kv_cache"] == 128 * 2 * 2 * 2 * (16 + 2)  # tokens, layers, k and v, heads, codes and a scale
-    assert "invalid choice: 'int3'" in fails(["inspect", model, "--kv-format", "int3"], capsys)
+    assert "kv_format is 'int3'" in fails(["inspect", model, "--kv-format", "int3"], capsys)
+
+
+def test_inspect_predicts_a_cache_chosen_by_layer(model: str, capsys: Captured) -> None:
+    assert main(["inspect", model, "--json", "--context", "100", "--kv-format", "int4,bf16"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    assert memory["kv_format"] == ["int4", "bf16"]
+    assert memory["kv_cache"] == 128 * 2 * 2 * ((8 + 4) + 32)  # tokens, k and v, heads, a layer of each
+    assert main(["inspect", model, "--kv-format", "int4,bf16"]) == 0
+    assert "cache in 1 layer int4, 1 layer bf16:" in capsys.readouterr().out
+    assert "names 3 layers, the model has 2" in fails(["inspect", model, "--kv-format", "int4,bf16,int8"], capsys)
 
 
 def test_inspect_for_people(model: str, capsys: Captured) -> None:

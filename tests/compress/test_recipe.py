@@ -21,8 +21,8 @@ def test_first_match_wins_and_the_rest_stays() -> None:
     )
     assert recipe.assign(NAMES) == {
         "embed": KEEP,
-        "layers.0.attn.q": Choice("codebook4-g64", "codebook"),
-        "layers.0.mlp.up": Choice("codebook4-g64", "codebook"),
+        "layers.0.attn.q": Choice("codebook4-g64", "gptq"),
+        "layers.0.mlp.up": Choice("codebook4-g64", "gptq"),
         "layers.10.mlp.up": Choice("int4-g32", "nearest"),
         "head": KEEP,
     }
@@ -41,7 +41,7 @@ def test_first_match_wins_and_the_rest_stays() -> None:
         ("tensors: [{match: '*'}]", "rule 1 lacks the key 'format'"),
         ("tensors: [{format: int8-g64}]", "rule 1 lacks the key 'match'"),
         ("tensors: [{match: '*', format: int5-g64}]", "rule 1: unknown weight format 'int5-g64'"),
-        ("tensors: [{match: '*', format: int8-g64, method: gptq}]", "unknown compression method 'gptq'"),
+        ("tensors: [{match: '*', format: int8-g64, method: magic}]", "unknown compression method 'magic'"),
         ("tensors: [{match: '*', format: int8-g64, method: codebook}]", "cannot make int8-g64"),
         ("tensors: [{match: '*', format: original, method: clip}]", "takes no method"),
         ("tensors: [{match: '*', fromat: int8-g64}]", "unknown key 'fromat'"),
@@ -79,3 +79,11 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("bits: 4")
     with pytest.raises(InputError, match=r"wrong.yaml: a recipe is a mapping"):
         read(tmp_path / "wrong.yaml")
+
+
+def test_a_rule_that_can_never_win_is_refused() -> None:
+    twice = parse("tensors: [{match: head, format: int8-g64}, {match: head, format: int4-g64}]")
+    with pytest.raises(InputError, match="'head' comes too late: earlier rules take all that it matches"):
+        twice.assign(NAMES)
+    with pytest.raises(InputError, match=r"'layers\.0\.\*' comes too late"):
+        parse("tensors: [{match: '*', format: int8-g64}, {match: 'layers.0.*', format: int4-g64}]").assign(NAMES)

@@ -9,7 +9,7 @@ from search.tiny_model import write_model, write_text
 
 from hasten import checkpoint, formats
 from hasten.cli.main import main
-from hasten.compress import methods
+from hasten.compress.methods import Inputs
 from hasten.compress.recipe import KEEP, Choice
 from hasten.compress.run import Packer
 from hasten.errors import FormatError
@@ -67,7 +67,7 @@ def test_packer_keeps_what_memory_allows() -> None:
     original = {n: formats.get("f32").pack(v) for n, v in matrices.items()}
     choice, reads = Choice("int4-g32", "clip"), []
     size = formats.get("int4-g32").nbytes(32, 64)
-    packer = Packer(original, lambda n: reads.append(n) or matrices[n], {"a": np.ones(64)}, memory=2 * size)
+    packer = Packer(original, lambda n: reads.append(n) or matrices[n], {"a": Inputs(np.ones(64))}.get, memory=2 * size)
     first = packer.pack("a", choice)
     assert packer.pack("a", choice) is first
     packer.pack("b", choice)
@@ -84,6 +84,6 @@ def test_packer_keeps_what_memory_allows() -> None:
 
 def test_a_matrix_that_a_format_cannot_hold_is_named() -> None:
     huge = np.full((16, 32), 1e30, np.float32)
-    packer = Packer({"big": formats.get("f32").pack(huge)}, lambda n: huge, {})
+    packer = Packer({"big": formats.get("f32").pack(huge)}, lambda n: huge, {}.get)
     with pytest.raises(FormatError, match=r"big: .*65504"):
-        packer.pack("big", Choice("int8-g64", methods.best_for(formats.get("int8-g64"))))
+        packer.pack("big", Choice("int8-g64", "clip"))

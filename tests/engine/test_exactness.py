@@ -24,7 +24,7 @@ LIMITS = Limits(context=64, max_tokens=48, max_sequences=8, max_rows=8, block_si
 FORMATS = ("f32", "bf16", "int8-g32", "int4-g32", "codebook4-g32")
 CASES = [
     *((format, "bf16") for format in FORMATS),
-    *((format, kv_format) for format in ("bf16", "int4-g32") for kv_format in ("int8", "f32")),
+    *((format, kv_format) for format in ("bf16", "int4-g32") for kv_format in ("int8", "int4", "f32")),
 ]
 """Formats of the weights, and of the cache."""
 
@@ -173,7 +173,7 @@ def test_scored_prompts(case: Case) -> None:
     assert [all_of(s) for s in started] == expected
 
 
-@pytest.mark.parametrize("kv_format", ["bf16", "int8", "f32"])
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4", "f32"])
 def test_structured_outputs(tmp_path: Path, kv_format: str) -> None:
     """Alone, and in chunks, preempted, on more threads or from the cache, among plain ones and other choices."""
     pytest.importorskip("llguidance")

@@ -6,7 +6,7 @@ import pytest
 import small_model
 from support import need_shared_data
 
-from hasten import LLM, SamplingParams
+from hasten import LLM, SamplingParams, checkpoint
 from hasten.engine import memory
 from hasten.engine.request import Sequence as Choice
 from hasten.errors import BackendError, CheckpointError, ContextError, InputError, MemoryLimitError
@@ -265,7 +265,10 @@ def test_chat_without_a_template(tmp_path: Path) -> None:
         ({"context": 1}, InputError, "context is 1"),
         ({"max_batch": 0}, InputError, "max_batch is 0"),
         ({"threads": -1}, InputError, "threads is -1"),
-        ({"kv_format": "int3"}, InputError, "kv_format is 'int3', must be auto, bf16, int8 or f32"),
+        ({"kv_format": "int3"}, InputError, "kv_format is 'int3', must be auto, bf16, int8, int4 or f32"),
+        ({"kv_format": "int8,int3"}, InputError, "kv_format is 'int3'"),
+        ({"kv_format": ("int8",) * 5}, BackendError, "kv_format names 5 layers, the model has 2"),
+        ({"kv_format": ""}, InputError, "kv_format is ''"),
         ({"memory": 100_000}, MemoryLimitError, "97.7 KiB are available"),
         ({"contxt": 5}, TypeError, "contxt"),
     ],
@@ -275,6 +278,21 @@ def test_settings_that_make_no_sense(
 ) -> None:
     with pytest.raises(error, match=message):
         LLM(directory, **given)  # type: ignore[arg-type]
+
+
+def test_an_artifacts_own_cache_is_what_auto_means(directory: Path, tmp_path: Path) -> None:
+    model = checkpoint.open(str(directory))
+    path = checkpoint.write_artifact(tmp_path / "own", model, model.weights(), {}, {}, ["int8", "int4"])
+
+    def cache(source: Path, kv_format: str = "auto") -> object:
+        return LLM(source, context=64, kv_format=kv_format).program.limits.kv_format
+
+    assert cache(path) == ("int8", "int4")
+    assert cache(path, "bf16") == "bf16"
+    assert cache(path, "int4, f32") == ("int4", "f32")
+    assert cache(directory) == "f32"
+    alike = checkpoint.write_artifact(tmp_path / "alike", model, model.weights(), {}, {}, ["int4", "int4"])
+    assert cache(alike) == "int4"
 
 
 def test_memory_is_what_was_predicted(llm: LLM) -> None:

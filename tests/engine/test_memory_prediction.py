@@ -7,6 +7,7 @@ import pytest
 from hasten import checkpoint, models
 from hasten.backends import native
 from hasten.backends.batch import Limits
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 
 CONFIG = {
@@ -25,9 +26,10 @@ CONFIG = {
 
 @pytest.mark.parametrize("name", ["int4-g64", "int8-g32", "bf16", "f32"])
 @pytest.mark.parametrize(
-    ("context", "threads", "kv_format"), [(32768, 1, "bf16"), (512, 2, "int8"), (32768, 2, "int8"), (16384, 4, "f32")]
+    ("context", "threads", "kv_format"),
+    [(32768, 1, "bf16"), (512, 2, "int8"), (32768, 2, "int4"), (16384, 4, "f32"), (512, 1, ("int4",))],
 )
-def test_buffers_are_what_was_predicted(name: str, context: int, threads: int, kv_format: str) -> None:
+def test_buffers_are_what_was_predicted(name: str, context: int, threads: int, kv_format: KvFormat) -> None:
     graph = models.build(CONFIG)
     limits = Limits(context=context, threads=threads, kv_blocks=context // 32, kv_format=kv_format)
     taken = native.compile(graph, checkpoint.random_weights(graph, name), limits).memory()

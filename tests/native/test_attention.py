@@ -31,9 +31,18 @@ class Case:
 
     @property
     def head_bytes(self) -> int:
-        """Of one head's keys, or values, in a block: codes, then a bfloat16 scale a token where they are int8."""
-        numbers = self.head_dim * self.block_size
-        return {"f32": 4 * numbers, "bf16": 2 * numbers, "int8": numbers + 2 * self.block_size}[self.kv]
+        """Of one head's keys, or values, in a block: codes, then each token's bfloat16 scale, then int4's centres."""
+        of_token = {
+            "f32": 4 * self.head_dim,
+            "bf16": 2 * self.head_dim,
+            "int8": self.head_dim + 2,
+            "int4": self.half + 4,
+        }
+        return of_token[self.kv] * self.block_size
+
+    @property
+    def half(self) -> int:
+        return (self.head_dim + 1) // 2
 
     @property
     def scale(self) -> float:
@@ -58,12 +67,21 @@ class Cache:
         blocks = sequences * per_sequence + 3
         order = np.random.default_rng(seed).permutation(blocks)[: sequences * per_sequence]
         self.tables = order.reshape(sequences, per_sequence).astype(np.int32)
-        self.keys = np.full((blocks, case.kv_heads, case.head_bytes), 0xFF, np.uint8)  # NaN in f32, bf16, int8's scales
+        self.keys = np.full((blocks, case.kv_heads, case.head_bytes), 0xFF, np.uint8)  # NaN in floats and scales
         self.values = self.keys.copy()
+
+
+def hadamard(head_dim: int):
+    """Orthonormal, of the largest power of two that divides head_dim, on the diagonal."""
+    size = head_dim & -head_dim
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(size)] for i in range(size)]
+    return np.kron(np.eye(head_dim // size), np.array(signs) / size**0.5)
 
 
 def decoded(case: Case, head: np.ndarray, shape: tuple[int, int], scale_axis: int):
     """The numbers of one head in a block, [shape], in float64; `scale_axis` is that of the tokens."""
+    if case.kv == "int4":
+        return unpacked(case, head, scale_axis)
     if case.kv == "f32":
         return head.view(np.float32).reshape(shape).astype(np.float64)
     if case.kv == "bf16":
@@ -71,6 +89,17 @@ def decoded(case: Case, head: np.ndarray, shape: tuple[int, int], scale_axis: in
     codes = head[: shape[0] * shape[1]].view(np.int8).reshape(shape).astype(np.float64)
     scales = from_bf16(head[shape[0] * shape[1] :].view(np.uint16)).astype(np.float64)
     return codes * np.expand_dims(scales, 1 - scale_axis)
+
+
+def unpacked(case: Case, head: np.ndarray, scale_axis: int):
+    """As `decoded`, of 4-bit codes: (2 code - 15) scale + centre; low nibbles hold the first half of the features."""
+    size, half = case.block_size, case.half
+    bytes = head[: half * size].reshape((half, size) if scale_axis else (size, half))
+    codes = np.concatenate([bytes & 15, bytes >> 4], axis=1 - scale_axis).astype(np.float64)
+    codes = codes[: case.head_dim] if scale_axis else codes[:, : case.head_dim]
+    scales, centres = from_bf16(head[half * size :].view(np.uint16)).astype(np.float64).reshape(2, size)
+    values = (2 * codes - 15) * np.expand_dims(scales, 1 - scale_axis) + np.expand_dims(centres, 1 - scale_axis)
+    return hadamard(case.head_dim) @ values if scale_axis else values  # keys are kept turned
 
 
 def held(case: Case, cache: Cache, length: int, sequence: int = 0):
@@ -146,8 +175,10 @@ CASES = [
     Case(causal=False),
     Case(causal=False, query_tile=7, heads=5, kv_heads=5),
     Case(block_size=128, heads=14, kv_heads=2),
+    Case(heads=3, kv_heads=1, head_dim=27),
+    Case(heads=2, kv_heads=2, head_dim=96),
 ]
-KINDS = ("f32", "bf16", "int8")
+KINDS = ("f32", "bf16", "int8", "int4")
 kinds = pytest.mark.parametrize("kv", KINDS)
 STORED = [replace(c, kv=kv) for c in CASES for kv in KINDS]
 
@@ -182,6 +213,45 @@ def test_int8_is_the_nearest_code_of_a_scale_that_just_reaches(isa, case):
         np.testing.assert_array_equal(after[unused], before[unused])
 
 
+@isas
+@pytest.mark.parametrize("case", [c for c in STORED if c.kv == "int4"], ids=repr)
+def test_int4_is_the_nearest_code_of_a_scale_that_just_reaches(isa, case):
+    data = sequence(case, 83)
+    data[1][..., 0] *= 9  # a feature as large as real models' keys have
+    data[2][:] += 2  # and values far from zero
+    cache = Cache(case, 1, 83)
+    run_chunks(isa, case, data, [83], cache)
+    turn = hadamard(case.head_dim)
+    keys, values = held(case, cache, 83)
+    for given, found in ((data[1].astype(np.float64) @ turn, keys @ turn), (data[2].astype(np.float64), values)):
+        low, high = given.min(-1, keepdims=True), given.max(-1, keepdims=True)
+        centre = from_bf16(to_bf16((low + high) / 2)).astype(np.float64)
+        reach = np.maximum(high - centre, centre - low)
+        # Half a step of sixteen levels; another bfloat16 is the centre where float32's sum is rounded the other way.
+        assert (np.abs(found - given) <= (reach + np.abs(centre) * 2**-8) / 15 * (1 + 2**-7) * (1 + 1e-5)).all()
+    fresh, written = Cache(case, 1, 83), 83 * case.kv_heads * (case.half + 4)
+    for before, after in ((fresh.keys, cache.keys), (fresh.values, cache.values)):
+        assert (before != after).sum() <= written
+        unused = [b for b in range(len(before)) if b not in cache.tables]
+        np.testing.assert_array_equal(after[unused], before[unused])
+
+
+@isas
+def test_turned_keys_share_what_is_large(isa):
+    """One feature of every key is 30 times the others': an int4 cache loses little more than without it."""
+
+    def error(factor):
+        case = Case(kv="int4", head_dim=64, heads=1, kv_heads=1)
+        q, k, v = sequence(case, 60)
+        k[..., 5] *= factor
+        cache = Cache(case, 1, 60)
+        run_chunks(isa, case, (q, k, v), [60], cache)
+        others = np.arange(64) != 5
+        return np.abs(held(case, cache, 60)[0] - k)[..., others].mean()
+
+    assert error(30) < 2.5 * error(1)  # 30 without turning: the scale is the largest feature's
+
+
 # Spans of keys are 512 tokens or a block, 480 where blocks have 48; tiles 64.
 LONG = [
     Case(heads=7, kv_heads=1, block_size=32, query_tile=32),
@@ -214,7 +284,7 @@ from hasten import _native
 isa, kv, window, in_spans = {isa!r}, {kv!r}, {window}, {in_spans}
 length, size, dim = 700, 16, 16
 blocks = -(-length // size)
-bytes = {{"f32": 4 * dim * size, "bf16": 2 * dim * size, "int8": dim * size + 2 * size}}[kv]
+bytes = {{"f32": 4 * dim, "bf16": 2 * dim, "int8": dim + 2, "int4": dim // 2 + 4}}[kv] * size
 keys = np.zeros((blocks, 1, bytes), np.uint8)
 values = keys.copy()
 table = np.arange(blocks, dtype=np.int32)[None]

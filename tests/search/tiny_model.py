@@ -13,7 +13,9 @@ from hasten.checkpoint import safetensors
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 2, 4, 2, 256
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
+def write_model(
+    folder: Path, seed: int = 0, *, hidden: int = HIDDEN, feed_forward: int = FEED_FORWARD, layers: int = LAYERS
+) -> Path:
     """Weights sharpen the logits (a head of large entries), so that compression is felt."""
     folder.mkdir(parents=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -26,9 +28,9 @@ def write_model(folder: Path, seed: int = 0) -> Path:
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": len(vocabulary),
-        "hidden_size": HIDDEN,
-        "intermediate_size": FEED_FORWARD,
-        "num_hidden_layers": LAYERS,
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "max_position_embeddings": CONTEXT,
@@ -45,19 +47,19 @@ def write_model(folder: Path, seed: int = 0) -> Path:
     def matrix(name: str, rows: int, columns: int, size: float = 1.0) -> None:
         arrays[name] = (rng.standard_t(5, (rows, columns)) * size / columns**0.5).astype(np.float32)
 
-    matrix("model.embed_tokens.weight", len(vocabulary), HIDDEN)
-    matrix("lm_head.weight", len(vocabulary), HIDDEN, 2.0)
-    arrays["model.norm.weight"] = np.ones(HIDDEN, np.float32)
-    width = HIDDEN // HEADS * KV_HEADS
-    for i in range(LAYERS):
+    matrix("model.embed_tokens.weight", len(vocabulary), hidden)
+    matrix("lm_head.weight", len(vocabulary), hidden, 2.0)
+    arrays["model.norm.weight"] = np.ones(hidden, np.float32)
+    width = hidden // HEADS * KV_HEADS
+    for i in range(layers):
         at = f"model.layers.{i}"
         for name in ("input_layernorm", "post_attention_layernorm"):
-            arrays[f"{at}.{name}.weight"] = np.ones(HIDDEN, np.float32)
-        for name, rows in (("q", HIDDEN), ("k", width), ("v", width), ("o", HIDDEN)):
-            matrix(f"{at}.self_attn.{name}_proj.weight", rows, HIDDEN)
-        matrix(f"{at}.mlp.gate_proj.weight", FEED_FORWARD, HIDDEN)
-        matrix(f"{at}.mlp.up_proj.weight", FEED_FORWARD, HIDDEN)
-        matrix(f"{at}.mlp.down_proj.weight", HIDDEN, FEED_FORWARD)
+            arrays[f"{at}.{name}.weight"] = np.ones(hidden, np.float32)
+        for name, rows in (("q", hidden), ("k", width), ("v", width), ("o", hidden)):
+            matrix(f"{at}.self_attn.{name}_proj.weight", rows, hidden)
+        matrix(f"{at}.mlp.gate_proj.weight", feed_forward, hidden)
+        matrix(f"{at}.mlp.up_proj.weight", feed_forward, hidden)
+        matrix(f"{at}.mlp.down_proj.weight", hidden, feed_forward)
     safetensors.write(folder / "model.safetensors", arrays, {"format": "pt"})
     return folder
 

@@ -114,7 +114,7 @@ def serve(
     uvicorn = make_server(app, drain_seconds)
     thread = threading.Thread(target=uvicorn.run, kwargs={"sockets": [bound]})
     thread.start()
-    client = httpx.Client(base_url=f"http://{host}:{port}", timeout=30)
+    client = httpx.Client(base_url=f"http://{host}:{port}", timeout=180)
     server = Server(f"http://{host}:{port}", service, app, program, uvicorn, thread, client)
     try:
         eventually(lambda: uvicorn.started)

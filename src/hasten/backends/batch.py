@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from hasten.backends.cache import KvFormat
+
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 UInt32 = npt.NDArray[np.uint32]
@@ -28,8 +30,9 @@ class Limits:
     """Tokens in a block of the KV cache; a multiple of 16."""
     kv_blocks: int = 64
     """Blocks in the KV cache, shared by all sequences."""
-    kv_format: str = "bf16"
-    """"bf16", "int8" (a scale for each token and head) or "f32"."""
+    kv_format: KvFormat = "bf16"
+    """"bf16", "int8" (a scale for each token and head), "int4" (a scale and a centre) or "f32"; or one of them for each
+    cache slot of the whole model, also where the graph is cut from it."""
     threads: int = 0
     """0: one for each core that affinity and container limits leave."""
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hasten import _native
 from hasten.backends import blocking
+from hasten.backends import cache as kv
 from hasten.backends.batch import Batch, Float32, Int32, Limits, Outputs, Sampled, SamplingBatch
 from hasten.errors import BackendError, ContextError, InputError, MemoryLimitError
 from hasten.formats.base import Weight
@@ -258,9 +259,9 @@ class _Planner:
             limits.max_rows,
             limits.block_size,
             limits.kv_blocks,
-            limits.kv_format,
             limits.threads,
         )
+        self._cache = kv.formats_of(graph, limits.kv_format)
         self._arrays: dict[int, int] = {}
         self.steps: list[Node] = []
         buffers = plan(graph, limits.max_tokens, limits.max_rows, keep)
@@ -326,7 +327,8 @@ class _Planner:
         q_norm = self._norm(op.q_norm, names) if op.q_norm else None
         k_norm = self._norm(op.k_norm, names) if op.k_norm else None
         rope = _rotation(op.rope) if op.rope else None
-        sizes = (a.heads, a.kv_heads, a.head_dim, a.scale, a.layer, a.window or 0, a.softcap or 0.0, a.causal)
+        cache = (a.layer, self._cache[a.layer])
+        sizes = (a.heads, a.kv_heads, a.head_dim, a.scale, *cache, a.window or 0, a.softcap or 0.0, a.causal)
         values = (self.values[v] for v in (*node.inputs, node.outputs[0]))
         self.program.attention(*sizes, q_norm, k_norm, rope, *values)
 

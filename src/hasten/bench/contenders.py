@@ -225,7 +225,7 @@ def _work(contender: Contender) -> Work:
 
 
 def _count(model: checkpoint.Model, kv_format: str) -> Work:
-    return count(model.graph, model.weights(), memory.kv_format(model.formats.values(), kv_format))
+    return count(model.graph, model.weights(), memory.kv_format(model.formats.values(), kv_format, model.kv_formats))
 
 
 def _peer(

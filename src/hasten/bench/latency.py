@@ -17,6 +17,7 @@ import numpy as np
 
 from hasten.backends import native
 from hasten.backends.batch import Batch, Int32, Limits, SamplingBatch
+from hasten.backends.cache import KvFormat
 from hasten.bench import machine
 from hasten.bench.work import Work, count
 from hasten.engine import memory
@@ -95,7 +96,7 @@ class Times:
     first_token: float
 
 
-def limits_for(graph: Graph, prompt: int, new: int, batch: int, threads: int, kv_format: str) -> Limits:
+def limits_for(graph: Graph, prompt: int, new: int, batch: int, threads: int, kv_format: KvFormat) -> Limits:
     """Sizes that hold `batch` sequences of prompt + new tokens. Raises InputError and ContextError as Loaded does."""
     for name, value, least in (("prompt", prompt, 1), ("new", new, 1), ("batch", batch, 1), ("threads", threads, 0)):
         if value < least:
@@ -129,7 +130,7 @@ class Loaded:
         new: int = 64,
         batch: int = 1,
         threads: int = 0,
-        kv_format: str = "auto",
+        kv_format: KvFormat = "auto",
     ) -> None:
         """`batch` is the largest there will be. `kv_format` auto: what serving takes for these weights.
 
@@ -199,7 +200,7 @@ def measure(
     batch: Sequence[int] = (1,),
     threads: int = 0,
     rounds: int = 3,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
     progress: Progress | None = None,
 ) -> list[Run]:
     """Time one model at each batch size. Errors as `Loaded` raises them."""
@@ -216,7 +217,7 @@ def measure_pair(
     batch: Sequence[int] = (1,),
     threads: int = 0,
     rounds: int = 5,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
     progress: Progress | None = None,
 ) -> list[PairRun]:
     """Time two models in turn, A B A B. A ratio above 1 says that the second is faster."""

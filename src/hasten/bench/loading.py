@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hasten import checkpoint, formats
+from hasten.backends.cache import KvFormat
 from hasten.bench import latency
 from hasten.bench.latency import Loaded, Progress, limits_for
 from hasten.engine import memory
@@ -32,7 +33,7 @@ def load(
     new: int,
     batch: int,
     threads: int = 0,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
     progress: Progress | None = None,
 ) -> tuple[Loaded, dict[str, Any]]:
     """The model at `source` as it is served, with its weights; random ones of `format` (default: the model's dtype).
@@ -45,7 +46,7 @@ def load(
     name = format or model.dtype
     stored = {s.name: name for s in model.graph.matrices()} if random_weights else model.formats
     sizes = {"prompt": prompt, "new": new, "batch": batch, "threads": threads}
-    kv_format = memory.kv_format(stored.values()) if kv_format == "auto" else kv_format
+    kv_format = memory.kv_format(stored.values(), kv_format, model.kv_formats)
     limits = limits_for(model.graph, kv_format=kv_format, **sizes)
     taken = memory.weight_bytes(model.graph, stored)
     memory.require(memory.predict(model.graph, taken, limits, stored), memory.memory()[1])

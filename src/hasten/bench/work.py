@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hasten.backends.cache import KvFormat
 from hasten.bench.machine import Limits
 from hasten.engine import memory
 from hasten.formats import Weight
@@ -62,7 +63,7 @@ def seen(attention: Attention, position: int) -> int:
     return min(position + 1, attention.window or position + 1)
 
 
-def count(graph: Graph, weights: Mapping[str, Any], kv_format: str = "bf16") -> Work:
+def count(graph: Graph, weights: Mapping[str, Any], kv_format: KvFormat = "bf16") -> Work:
     """Add up the work of an unfused graph with these weights (Weight for matrices, float32 arrays for vectors)."""
     rows: set[str] = set()  # values that exist only for wanted rows
     macs = {"token": [0, 0], "row": [0, 0]}

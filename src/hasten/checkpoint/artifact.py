@@ -1,8 +1,9 @@
 """hasten's own directories: config.json, tokenizer.json, hasten-*.safetensors with packed weights, and hasten.json.
 
 hasten.json: format_version; tensors (name -> format, shape, file); files (name -> bytes, sha256); blocks (shapes);
-recipe; measurements. Weights are mapped and used as they lie: nothing is copied or packed again. Nothing in the
-directory is ever executed.
+recipe; measurements; where the model has them, structure (how it departs from config.json) and kv_formats (of each
+layer's cache). Weights are mapped and used as they lie: nothing is copied or packed again. Nothing in the directory is
+ever executed.
 """
 
 from __future__ import annotations
@@ -14,25 +15,38 @@ from typing import Any
 import numpy as np
 
 from hasten import formats
+from hasten.backends import cache
 from hasten.checkpoint import safetensors
 from hasten.checkpoint.files import plain_name, read_bytes, read_object, regular_size
-from hasten.errors import CheckpointError, FormatError
+from hasten.errors import CheckpointError, ConfigError, FormatError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
-from hasten.graph.ops import Attention, Gate
+from hasten.graph.ops import Activation, Attention, Gate
+from hasten.graph.structure import parse, restructured
 
 FACTS = "hasten.json"
-VERSION = 1
+VERSION, RESTRUCTURED = 1, 2
+"""Format versions of an artifact whose graph is config.json's, and of one that departs from it: an older hasten reads
+the first and says of the second that it is too new."""
 SMALL = 64 << 20
 """Files up to this size are checked against their hash whenever an artifact is opened; larger ones by size."""
 
 
 class Artifact:
-    """The weights of an artifact directory, checked against the graph that its config.json builds."""
+    """The weights of an artifact directory, checked against the graph that its config.json builds.
+
+    `graph` is that graph restructured as hasten.json says.
+    """
 
     def __init__(self, path: Path, graph: Graph) -> None:
         self.path = path
         self.facts = read_facts(path)
+        try:
+            self.structure = parse(self.facts.get("structure", {}))
+            graph = restructured(graph, self.structure)
+        except ConfigError as error:
+            raise CheckpointError(f"{path / FACTS}: {error.message}", error.hint) from None
+        self.graph = graph
         self.bytes_on_disk = sum(self.facts["files"][name]["bytes"] for name in weight_files(self.facts))
         tensors = self.facts["tensors"]
         if set(tensors) != set(graph.weights):
@@ -40,6 +54,7 @@ class Artifact:
             raise CheckpointError(f"{path / FACTS} and config.json disagree about tensor '{odd[:200]}'")
         if self.facts["blocks"] != block_shapes(graph):
             raise CheckpointError(f"{path / FACTS}: block shapes differ from those config.json gives")
+        _check_cache(path, self.facts.get("kv_formats", []), graph)
         self._files = {name: safetensors.File(path / name) for name in weight_files(self.facts)}
         self._formats: dict[str, formats.Format] = {}
         for spec in graph.weights.values():
@@ -95,19 +110,27 @@ class Artifact:
 
 def block_shapes(graph: Graph) -> list[dict[str, Any]]:
     """Heads and feed-forward width of each block: they belong to a block, not to the model."""
-    shapes = []
+    shapes, widths = [], graph.widths()
     for block in graph.blocks:
-        nodes = graph.nodes[block.start : block.stop]
         shape: dict[str, Any] = {}
-        for node in nodes:
+        for node in graph.nodes[block.start : block.stop]:
             if isinstance(node.op, Attention):
                 op = node.op
                 shape["attention"] = {"heads": op.heads, "kv_heads": op.kv_heads, "head_dim": op.head_dim}
-            if isinstance(node.op, Gate):
-                made = next(n for n in nodes if n.outputs[0] == node.inputs[0])
-                shape["feed_forward"] = graph.weights[made.weights[0]].shape[0]
+            if isinstance(node.op, Gate | Activation):
+                shape["feed_forward"] = widths[node.outputs[0]]
         shapes.append(shape)
     return shapes
+
+
+def _check_cache(path: Path, chosen: object, graph: Graph) -> None:
+    """`kv_formats`, where there is one: a format of the cache for each layer."""
+    known = isinstance(chosen, list) and all(isinstance(name, str) and name in cache.FORMATS for name in chosen)
+    if not known or (chosen and len(chosen) != cache.layers(graph)):  # type: ignore[arg-type]
+        raise CheckpointError(
+            f"{path / FACTS}: kv_formats must name one of {', '.join(cache.FORMATS)} for each of "
+            f"{cache.layers(graph)} layers"
+        )
 
 
 def weight_files(facts: dict[str, Any]) -> list[str]:
@@ -122,10 +145,13 @@ def read_facts(path: Path) -> dict[str, Any]:
     where = path / FACTS
     facts = read_object(where)
     version = facts.get("format_version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in (VERSION, RESTRUCTURED):
         raise CheckpointError(
-            f"{where} has format version {version!r}, this hasten reads {VERSION}", "upgrade hasten, or make it anew"
+            f"{where} has format version {version!r}, this hasten reads {VERSION} and {RESTRUCTURED}",
+            "upgrade hasten, or make it anew",
         )
+    if ("structure" in facts) != (version == RESTRUCTURED):
+        raise CheckpointError(f"{where}: format version {RESTRUCTURED}, and no other, states a structure")
     for name, kind in (("tensors", dict), ("files", dict), ("blocks", list), ("recipe", dict), ("measurements", dict)):
         if not isinstance(facts.get(name), kind):
             raise CheckpointError(f"{where}: {name} is missing or of the wrong type")

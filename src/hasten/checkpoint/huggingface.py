@@ -17,34 +17,59 @@ from hasten.graph.graph import Graph, WeightSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+Where = dict[str, tuple[safetensors.File, str]]
+"""The graph's name of a tensor -> the file that holds it, and its name there."""
+
+
+def locate(path: Path, config: dict[str, Any]) -> tuple[list[safetensors.File], Where]:
+    """The weight files of a directory and where each tensor lies. Raises CheckpointError for one stored twice."""
+    files = _open_files(path)
+    where: Where = {}
+    for file in files:
+        for stored in file.tensors:
+            name = models.renamed(config, stored)
+            if name is None:
+                continue
+            if name in where:
+                raise CheckpointError(f"{path}: tensor '{name}' is stored twice")
+            where[name] = (file, stored)
+    return files, where
+
+
+def by_source(graph: Graph) -> dict[str, list[WeightSpec]]:
+    """Tensor of the checkpoint -> the weights cut from it, in the order of their rows."""
+    made: dict[str, list[WeightSpec]] = {}
+    for spec in graph.weights.values():
+        made.setdefault(spec.source, []).append(spec)
+    for specs in made.values():
+        specs.sort(key=lambda spec: spec.rows or (0, 0))
+    return made
+
+
+def full_shape(specs: list[WeightSpec]) -> tuple[int, ...]:
+    """Shape of the tensor that `specs` are cut from."""
+    return (max(s.rows[1] if s.rows else s.shape[0] for s in specs), *specs[0].shape[1:])
 
 
 class Tensors:
-    """A checkpoint's tensors under the names that `graph` gives them, checked against what it needs."""
+    """Plain tensors, checked against what a graph needs of them: `needed` is by_source's, or a part of it."""
 
-    def __init__(self, path: Path, config: dict[str, Any], graph: Graph) -> None:
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self, path: Path, files: list[safetensors.File], where: Where, needed: dict[str, list[WeightSpec]]
+    ) -> None:
         self.path = path
-        self.files = _open_files(path)
-        self._where: dict[str, tuple[safetensors.File, str]] = {}
-        for file in self.files:
-            for stored in file.tensors:
-                name = models.renamed(config, stored)
-                if name is None:
-                    continue
-                if name in self._where:
-                    raise CheckpointError(f"{path}: tensor '{name}' is stored twice")
-                self._where[name] = (file, stored)
-        self._check(graph)
+        self._where = where
+        self._check(needed)
         sizes: Counter[str] = Counter()
-        for spec in graph.matrices():
-            sizes[self.format(spec)] += int(np.prod(spec.shape))
-        self.dtype = sizes.most_common(1)[0][0]
-        self.bytes_on_disk = sum(file.size for file in self.files)
+        for spec in (spec for specs in needed.values() for spec in specs):
+            if spec.is_matrix:
+                sizes[self.format(spec)] += int(np.prod(spec.shape))
+        self.dtype = sizes.most_common(1)[0][0] if sizes else "f16"
+        self.bytes_on_disk = sum(file.size for file in files)
 
-    def _check(self, graph: Graph) -> None:
-        needed: dict[str, list[WeightSpec]] = {}
-        for spec in graph.weights.values():
-            needed.setdefault(spec.source, []).append(spec)
+    def _check(self, needed: dict[str, list[WeightSpec]]) -> None:
         missing = [name for name in needed if name not in self._where]
         if missing:
             raise CheckpointError(
@@ -60,8 +85,7 @@ class Tensors:
         for source, specs in needed.items():
             file, stored = self._where[source]
             found = file.tensors[stored]
-            rows = max(s.rows[1] if s.rows else s.shape[0] for s in specs)
-            expected = (rows, *specs[0].shape[1:])
+            expected = full_shape(specs)
             if found.shape != expected:
                 raise CheckpointError(
                     f"{self.path}: tensor '{source}' has shape {list(found.shape)}, config.json asks for "
@@ -116,6 +140,9 @@ def _open_files(path: Path) -> list[safetensors.File]:
         return _open_shards(path)
     if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
         return [safetensors.File(path / SINGLE)]
+    alone = list(path.glob("gptq_model*.safetensors"))  # as AutoGPTQ names it
+    if len(alone) == 1:
+        return [safetensors.File(alone[0])]
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
     if pickles:
         raise CheckpointError(

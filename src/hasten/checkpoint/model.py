@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +14,23 @@ from hasten import formats, models
 from hasten.checkpoint import demo, hub
 from hasten.checkpoint.artifact import FACTS, Artifact
 from hasten.checkpoint.files import read_object, read_optional_object
-from hasten.checkpoint.huggingface import Tensors
+from hasten.checkpoint.gguf import model as gguf
+from hasten.checkpoint.gguf.reader import File
+from hasten.checkpoint.huggingface import Tensors, by_source, locate
+from hasten.checkpoint.overlay import Overlay
+from hasten.checkpoint.quantized import Quantized, quantization_of
 from hasten.checkpoint.tokenizer import Tokenizer
 from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
 from hasten.graph.ops import Norm
+from hasten.graph.structure import Structure, parse, restructured
 
 Progress = Callable[[str, int, int], None]
 
 
 class Store(Protocol):
-    """Where weights come from: huggingface.Tensors or artifact.Artifact."""
+    """Where weights come from: Tensors, Artifact, Quantized, gguf.Container or Overlay."""
 
     dtype: str
     bytes_on_disk: int
@@ -43,7 +48,7 @@ class Model:
     path: Path
     config: dict[str, Any]
     graph: Graph
-    kind: Literal["huggingface", "artifact", "config"]
+    kind: Literal["huggingface", "artifact", "quantized", "gguf", "config"]
     dtype: str
     """f32, f16 or bf16: the original's."""
     generation: dict[str, Any] = field(default_factory=dict)
@@ -51,10 +56,15 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     """hasten.json, or {}."""
     store: Store | None = None
+    structure: Structure = field(default_factory=Structure)
+    """How `graph` departs from what `config` builds."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Raises CheckpointError where it is missing or contradicts the model."""
+        refused = read_optional_object(self.path / gguf.REFUSED)
+        if refused:
+            raise CheckpointError(f"{self.source}: {refused['error']}", refused["hint"])
         return Tokenizer(self.path, self.graph.vocabulary)
 
     @property
@@ -74,6 +84,11 @@ class Model:
         return {spec.name: self._store.format(spec) for spec in self.graph.matrices()}
 
     @property
+    def kv_formats(self) -> tuple[str, ...]:
+        """The format of each layer's cache that an artifact was made for; empty where none was chosen."""
+        return tuple(self.facts.get("kv_formats", ()))
+
+    @property
     def bytes_on_disk(self) -> int:
         """Of the weight files."""
         return self._store.bytes_on_disk
@@ -84,9 +99,18 @@ class Model:
             raise CheckpointError(f"{self.path} was opened without weights")
         return self.store
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how weights of another's format are held."""
+        return tuple(getattr(self.store, "notes", ()))
+
     def tensor(self, name: str) -> Float32:
         """A weight of the graph as float32 [out, in] or [n]."""
         return self._store.tensor(self.graph.weights[name])
+
+    def weight(self, name: str) -> Weight | Float32:
+        """A weight of the graph as kernels read it: a matrix in its format, a vector as float32 [n]."""
+        return self._store.weight(self.graph.weights[name])
 
     def weights(self, progress: Progress | None = None) -> dict[str, Weight | Float32]:
         """Every weight as kernels read it: matrices packed (an artifact's as they lie on disk), vectors float32.
@@ -104,18 +128,30 @@ class Model:
 
     def at_context(self, context: int) -> Model:
         """This model built for sequences up to `context`, on which rope may depend. Raises ContextError."""
-        return replace(self, graph=models.build(self.config, context))
+        return replace(self, graph=restructured(models.build(self.config, context), self.structure))
+
+    def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
+        """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
+        whole = self.structure.then(later, models.build(self.config, self.graph.context))
+        store = Overlay(self._store, new)
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
 
 
 def open(source: str, weights: bool = True) -> Model:
-    """Open `source`: "demo", a local Hugging Face directory or hasten artifact, or a hub id (org/name).
+    """Open `source`: "demo", a local Hugging Face directory (plain, or quantised as GPTQ, AWQ or compressed-tensors), a
+    hasten artifact, a GGUF file, or a hub id (org/name).
 
     With `weights=False` a directory (or a file) that holds no more than the config is enough. Raises CheckpointError,
     ConfigError or HubError.
     """
     path = _locate(source, weights)
+    if path.suffix == ".gguf":
+        return _open_gguf(source, path)
     config_file = path / "config.json" if path.is_dir() else path
     config = read_object(config_file)
+    quantization = quantization_of(path, config) if weights and path.is_dir() else None
+    if quantization is not None:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     graph = models.build(config)
     directory = config_file.parent
     generation = read_optional_object(directory / "generation_config.json")
@@ -123,27 +159,52 @@ def open(source: str, weights: bool = True) -> Model:
     dtype = {"float16": "f16", "bfloat16": "bf16"}.get(stated, "f32")
     common: dict[str, Any] = {"source": source, "path": directory, "config": config, "generation": generation}
     if not weights:
-        return Model(**common, graph=graph, kind="config", dtype=dtype)
+        structure = parse(read_optional_object(directory / FACTS).get("structure", {}))
+        return Model(**common, graph=restructured(graph, structure), kind="config", dtype=dtype, structure=structure)
     if (path / FACTS).exists():
         artifact = Artifact(path, graph)
-        return Model(**common, graph=graph, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
-    tensors = Tensors(path, config, graph)
+        common |= {"graph": artifact.graph, "structure": artifact.structure}
+        return Model(**common, kind="artifact", dtype=artifact.dtype, facts=artifact.facts, store=artifact)
+    if quantization is not None:
+        quantized = Quantized(path, config, quantization, graph)
+        return Model(**common, graph=graph, kind="quantized", dtype=quantized.dtype, store=quantized)
+    tensors = Tensors(path, *locate(path, config), by_source(graph))
     return Model(**common, graph=graph, kind="huggingface", dtype=tensors.dtype, store=tensors)
+
+
+def _open_gguf(source: str, path: Path) -> Model:
+    file = File(path)
+    folder, config = gguf.small_files(file)
+    graph = models.build(config)
+    store = gguf.Container(file, graph)
+    return Model(source, folder, config, graph, "gguf", store.dtype, store=store)
 
 
 def _locate(source: str, weights: bool) -> Path:
     if source == "demo":
         return demo.directory()
     path = Path(source).expanduser()
-    if path.is_dir() or (path.is_file() and not weights):
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file() and (not weights or path.suffix == ".gguf"):
         return path
     if path.exists():
         raise CheckpointError(f"{source} is not a model directory", "name the directory that holds config.json")
     if hub.is_id(source) and not Path(source.split("/")[0]).is_dir():  # a mistyped local path is not sent anywhere
         return hub.fetch(source, weights)
     raise CheckpointError(
-        f"there is no model at '{source}'", "name a local directory, a hub id such as org/name, or demo"
+        f"there is no model at '{source}'", "name a local directory, a hub id such as org/name, a .gguf file, or demo"
     )
+
+
+def _in_directory(path: Path) -> Path:
+    """The one GGUF file of a directory that holds no config.json, else the directory."""
+    if (path / "config.json").exists():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds {len(found)} GGUF files", f"name one of them, {found[0].name} say")
+    return found[0] if found else path
 
 
 def random_weights(graph: Graph, format_name: str, seed: int = 0) -> dict[str, Weight | Float32]:

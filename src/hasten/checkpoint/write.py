@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.checkpoint import safetensors
-from hasten.checkpoint.artifact import FACTS, VERSION, block_shapes
+from hasten.checkpoint.artifact import FACTS, RESTRUCTURED, VERSION, block_shapes
 from hasten.errors import CheckpointError, OutputError
 from hasten.formats.base import Float32, Weight
 
@@ -43,8 +43,11 @@ def write_artifact(
     weights: Mapping[str, Weight | Float32],
     recipe: Mapping[str, Any],
     measurements: Mapping[str, Any],
+    kv_formats: Sequence[str] = (),
 ) -> Path:
     """Write `weights` (every weight of model.graph) with the model's config and tokenizer as an artifact at `out`.
+
+    `kv_formats`: of each layer's cache, what serving takes where nobody asks for another.
 
     Raises OutputError where `out` exists and is not empty, cannot be written, or the disk is full: nothing is left.
     """
@@ -56,7 +59,10 @@ def write_artifact(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        _fill(staging, model, weights, shards, {"recipe": dict(recipe), "measurements": dict(measurements)})
+        facts: dict[str, Any] = {"recipe": dict(recipe), "measurements": dict(measurements)}
+        if kv_formats:
+            facts["kv_formats"] = list(kv_formats)
+        _fill(staging, model, weights, shards, facts)
         os.chmod(staging, 0o777 & ~_umask())
         os.rename(staging, path)  # replaces an empty directory
         staging = None
@@ -158,11 +164,12 @@ def _fill(
         for name, weight in weights.items()
     }
     document = {
-        "format_version": VERSION,
+        "format_version": RESTRUCTURED if model.structure else VERSION,
         "hasten": metadata.version("hasten") if _installed() else "source",
         "source": model.source,
         "dtype": model.dtype,
         "blocks": block_shapes(model.graph),
+        **({"structure": model.structure.json()} if model.structure else {}),
         "tensors": tensors,
         "files": files,
         **facts,

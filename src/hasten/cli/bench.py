@@ -74,7 +74,7 @@ def run(options: Options) -> None:
         sizes = {"prompt": options.prompt, "new": options.new, "threads": options.threads}
         name = options.format or model.dtype
         stored = {s.name: name for s in model.graph.matrices()} if options.random_weights else model.formats
-        kv_format = memory.kv_format(stored.values(), options.cache.kv_format)
+        kv_format = memory.kv_format(stored.values(), options.cache.kv_format, model.kv_formats)
         limits = latency.limits_for(model.graph, batch=max(options.batch), kv_format=kv_format, **sizes)
         taken = memory.weight_bytes(model.graph, stored)
         memory.require(memory.predict(model.graph, taken, limits, stored), memory.memory()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from hasten.cli.progress import reporter
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from hasten.backends.batch import Int32
     from hasten.checkpoint import Model
     from hasten.compress.recipe import Choice
+    from hasten.compress.stream import Task
+    from hasten.compress.structure_recipe import Plan
     from hasten.engine.memory import Prediction
 
 HELP = "pack a model's matrices as a recipe says"
-CALIBRATION_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -28,71 +31,104 @@ class Options:
     output: Path = required("-o", help="directory to write; must not exist", metavar="OUT")
     recipe: Path = required(help="YAML: patterns of tensor names to format and method", metavar="FILE")
     calibration: Path | None = option(None, help="text to gather statistics on", metavar="FILE")
+    calibration_tokens: int = option(32768, help="tokens of that text to use, at most", metavar="N")
     threads: int = option(0, help="threads to use; 0: all that this process may")
     json: bool = option(False, help="print the result as JSON")
 
 
 def run(options: Options) -> int:
     from hasten import checkpoint
-    from hasten.compress import calibrate, recipe
-    from hasten.compress.run import Packer, needs_moments
+    from hasten.compress import recipe, restructure
     from hasten.engine import memory
     from hasten.engine.llm import DEFAULT_CONTEXT
-    from hasten.search import document, texts
+    from hasten.search import document
 
     wanted = recipe.read(options.recipe)
     checkpoint.check_output(options.output)
     model = checkpoint.open(options.model)
     model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it
-    choices = wanted.assign([m.name for m in model.graph.matrices()])
-    memory.require(predict(model, choices), memory.memory()[1])
-    with reporter() as report:
-        original = model.weights(report)
-        moments = {}
-        if needs_moments(choices):
-            most = CALIBRATION_TOKENS
-            windows, source = texts.calibration_windows(model.tokenizer, model.graph.context, options.calibration, most)
-            if options.calibration is None and options.model != "demo":
-                print(f"note: calibrated on {source}; --calibration FILE takes another text", file=sys.stderr)
-            found = calibrate.calibrate(
-                model.graph,
-                original,
-                windows,
-                kv_format=memory.kv_format(model.formats.values()),
-                threads=options.threads,
-                report=report,
-            )
-            moments = found.moments
-        weights = Packer(original, model.tensor, moments).model(choices, report)
-    written = checkpoint.write_artifact(options.output, model, weights, document.recipe(choices), {})
-    before, after = model.bytes_on_disk, sum(f.stat().st_size for f in written.iterdir())
+    plan = wanted.structure.plan(model.graph, model.structure) if wanted.structure else None
+    choices = wanted.assign(plan.names if plan else [m.name for m in model.graph.matrices()])
+    text = windows(options, model, choices, plan is not None and plan.calibrated)
+    how = restructure.Run(text, memory.kv_format(model.formats.values(), own=model.kv_formats), options.threads)
+    memory.require(predict(how.task(model, choices), plan), memory.memory()[1])
+    facts = {**document.recipe(choices), **({"structure": wanted.structure.document} if wanted.structure else {})}
+    before = model.bytes_on_disk
+    work = options.output.absolute().with_name(options.output.absolute().name + ".work")
+    try:
+        with reporter() as report:
+            model, weights = restructure.compress(model, plan, choices, replace(how, report=report), work)
+            written = checkpoint.write_artifact(options.output, model, weights, facts, {})
+    except KeyboardInterrupt:
+        print("note: the same command, given again, continues from here", file=sys.stderr)
+        raise
+    formats = {m.name: weights[m.name].format.name for m in model.graph.matrices()}  # type: ignore[union-attr]
+    del weights
+    shutil.rmtree(work, ignore_errors=True)
+    after = sum(f.stat().st_size for f in written.iterdir())
     if options.json:
-        formats = {name: weights[name].format.name for name in choices}  # type: ignore[union-attr]
-        facts = {"output": str(options.output), "bytes_before": before, "bytes_after": after, "formats": formats}
-        print(json_module.dumps(facts, indent=1))
+        shown = {"output": str(options.output), "bytes_before": before, "bytes_after": after, "formats": formats}
+        print(json_module.dumps(shown, indent=1))
     else:
         print(f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB\nartifact: {options.output}")
     return 0
 
 
-def predict(model: Model, choices: Mapping[str, Choice]) -> Prediction:
-    """What packing takes: the model, the packed matrices, one in the making, and calibration where a method asks it."""
+def windows(options: Options, model: Model, choices: Mapping[str, Choice], always: bool) -> list[Int32]:
+    """What to calibrate on: nothing where no method asks for it, unless it is needed `always`."""
+    from hasten.compress.run import needs
+    from hasten.search import texts
+
+    if not (always or set(needs(choices).values()) - {"nothing"}):
+        return []
+    found, source = texts.calibration_windows(
+        model.tokenizer, model.graph.context, options.calibration, options.calibration_tokens
+    )
+    if options.calibration is None and options.model != "demo":
+        print(f"note: calibrated on {source}; --calibration FILE takes another text", file=sys.stderr)
+    return found
+
+
+def predict(task: Task, plan: Plan | None = None) -> Prediction:
+    """What `compress` takes: a block as it is and packed, the hidden states before and after it, and its statistics.
+
+    With a plan all matrices that are new are held, too, and what goes into them.
+    """
     from hasten import formats
-    from hasten.backends import feed
-    from hasten.compress import calibrate
-    from hasten.compress.run import needs_moments
+    from hasten.compress import calibrate, restructure, stream
+    from hasten.compress.run import needs
+    from hasten.compress.statistics import ROWS
     from hasten.engine import memory
 
-    graph = model.graph
-    shapes = {m.name: m.shape for m in graph.matrices()}
-    packed = [formats.get(c.format).nbytes(*shapes[n]) for n, c in choices.items() if not c.is_original]
-    weights = memory.weight_bytes(graph, model.formats) + sum(packed)
-    working = 4 * 6 * max(rows * columns for rows, columns in shapes.values())
-    if not needs_moments(choices):
+    graph = task.model.graph
+    shapes = {spec.name: spec.shape for spec in graph.matrices()}
+    stored = task.model.formats
+    asked = needs(task.choices)
+    blocks = [graph.block(i) for i in range(len(graph.blocks))] + [graph.tail(len(graph.blocks))]
+    weights = working = 0
+    for section in blocks:
+        own = memory.weight_bytes(section, stored)
+        own += sum(
+            formats.get(c.format).nbytes(*s.shape)
+            for s in section.matrices()
+            if not (c := task.choices[s.name]).is_original
+        )
+        widths = [shapes[names[0]][1] for names in calibrate.linear_inputs(section).values()]
+        second = [
+            w
+            for w, names in zip(widths, calibrate.linear_inputs(section).values(), strict=True)
+            if any(asked.get(n) == "hessian" for n in names)
+        ]
+        largest = max((shapes[s.name][0] * shapes[s.name][1] for s in section.matrices()), default=0)
+        rows = ROWS + calibrate.CHUNK
+        gathered = sum(12 * w * w + 8 * rows * w for w in second)
+        made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
+        weights, working = max(weights, own), max(working, gathered, made)
+    if plan:
+        weights += restructure.new_bytes(task.model, plan)
+        working = max(working, restructure.working(task.model, plan))
+    if not task.windows:
         return memory.Prediction(weights, 0, working)
-    limits = feed.window_limits(
-        min(graph.context, 512), calibrate.CHUNK, kv_format=memory.kv_format(model.formats.values())
-    )
-    step = memory.predict(graph, weights, replace(limits, max_rows=1))
-    hidden = 3 * 4 * CALIBRATION_TOKENS * graph.hidden
-    return memory.Prediction(weights, step.kv_cache, max(step.buffers + hidden, working))
+    tokens = sum(len(w) for w in task.windows)
+    step = memory.predict(graph.block(0), 0, task.limits())
+    return memory.Prediction(weights, step.kv_cache, step.buffers + 3 * 4 * tokens * graph.hidden + working)

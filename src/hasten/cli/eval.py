@@ -56,14 +56,22 @@ def _measure(model: Model, reference: Model | None, windows: list[Int32], contex
     from hasten.evaluate import perplexity
 
     opened = [m.at_context(context) for m in (model, reference) if m]
-    kv_format = options.cache.kv_format
-    needed = perplexity.predict([(m.graph, m.formats) for m in opened], windows, kv_format)
+    own, other = (
+        memory.kv_format(m.formats.values(), asked, m.kv_formats) if m else "auto"
+        for m, asked in ((model, options.cache.kv_format), (reference, "auto"))
+    )
+    needed = perplexity.predict([(m.graph, m.formats) for m in opened], windows, own, other)
     memory.require(needed, memory.memory()[1])
     with reporter() as report:
         loaded = [(m.graph, m.weights(report)) for m in opened]
-        other = loaded[1] if reference else None
         return perplexity.measure(
-            *loaded[0], windows, reference=other, kv_format=kv_format, threads=options.threads, report=report
+            *loaded[0],
+            windows,
+            reference=loaded[1] if reference else None,
+            kv_format=own,
+            reference_kv_format=other,
+            threads=options.threads,
+            report=report,
         )
 
 

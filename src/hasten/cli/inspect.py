@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -80,6 +81,7 @@ def describe(model: Model, context: int, batch: int, kv_format: str = "auto") ->
         "context": graph.context,
         "vocabulary": graph.vocabulary,
         "hidden": graph.hidden,
+        "structure": model.structure.json(),
         "parameters": graph.parameters(),
         "bits_per_weight": 8 * total / graph.parameters(),
         "weight_bytes": total,
@@ -87,6 +89,7 @@ def describe(model: Model, context: int, batch: int, kv_format: str = "auto") ->
         "blocks": [[t for t in tensors if t["block"] == i] for i in range(len(graph.blocks))],
         "outside_blocks": [t for t in tensors if t["block"] is None],
         "memory": _memory(model, context, batch, kv_format),
+        "notes": list(model.notes),
     }
 
 
@@ -127,7 +130,7 @@ def _memory(model: Model, context: int, batch: int, kv_format: str) -> dict[str,
         max_sequences=batch,
         max_rows=batch,
         kv_blocks=blocks,
-        kv_format=memory.kv_format(model.formats.values(), kv_format),
+        kv_format=memory.kv_format(model.formats.values(), kv_format, model.kv_formats),
     )
     found = memory.predict(model.graph, memory.weight_bytes(model.graph, model.formats), limits, model.formats)
     return {
@@ -149,21 +152,26 @@ def graphs(graph: Graph) -> dict[str, str]:
 
 
 def show(document: dict[str, Any]) -> None:
-    from hasten.engine.memory import size
+    from hasten.engine.memory import shown_format, size
 
     facts = f"context {document['context']}, vocabulary {document['vocabulary']}, hidden {document['hidden']}"
     print(f"{document['model']}: {document['model_type']}, {len(document['blocks'])} blocks, {facts}")
     bits = f"{document['bits_per_weight']:.2f} bits each"
     print(f"{document['parameters']:,} parameters, {bits}, {size(document['bytes_on_disk'])} on disk\n")
+    departures = list(_departures(document["structure"]))
+    if departures:
+        print(f"departs from its config.json: {'; '.join(departures)}\n")
     rows = list(_rows(document))
     width = max(len(row[0]) for row in rows)
     for name, shape, format, bits, bytes in rows:
         print(f"{name:<{width}}  {shape:>14}  {format:<15} {bits:>6}  {bytes:>10}".rstrip())
     memory = document["memory"]
     parts = " + ".join(f"{size(memory[part])} {part.replace('_', ' ')}" for part in ("weights", "kv_cache", "buffers"))
-    print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {memory['kv_format']}:")
+    print(f"\nmemory for {memory['batch']} x {memory['context']} tokens, cache in {shown_format(memory['kv_format'])}:")
     known = "" if memory["available"] is None else f", of {size(memory['available'])} available"
     print(f"{parts} = {size(memory['total'])}{known}")
+    for note in document["notes"]:
+        print(f"note: {note}")
 
 
 def _rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
@@ -176,16 +184,31 @@ def _rows(document: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
 
     yield "tensor", "shape", "format", "bits", "size"
     yield from (line(t) for t in document["outside_blocks"])
-    blocks, first = document["blocks"], 0
+    blocks, dropped, first = document["blocks"], document["structure"]["dropped"], 0
+    numbers = [i for i in range(len(blocks) + len(dropped)) if i not in dropped]
     while first < len(blocks):
         last = first
         while last + 1 < len(blocks) and _anonymous(blocks[last + 1]) == _anonymous(blocks[first]):
             last += 1
-        title = f"block {first}" if first == last else f"blocks {first} to {last}, alike"
+        named = f"{numbers[first]} to {numbers[last]}"
+        title = f"block {numbers[first]}" if first == last else f"blocks {named}, alike"
         yield f"-- {title}, {size(sum(t['bytes'] for t in blocks[first]))} each", "", "", "", ""
         yield from (line(t) for t in blocks[first])
         first = last + 1
 
 
 def _anonymous(block: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(t["name"].replace(f".{t['block']}.", ".N."), tuple(t["shape"]), t["format"]) for t in block]
+    return [(re.sub(r"\.\d+\.", ".N.", t["name"]), tuple(t["shape"]), t["format"]) for t in block]
+
+
+def _departures(structure: dict[str, Any]) -> Iterator[str]:
+    """In words, what `structure` says."""
+    dropped, narrowed, low_rank = structure["dropped"], structure["narrowed"], structure["low_rank"]
+    if dropped:
+        yield f"block{'s' if len(dropped) > 1 else ''} {', '.join(map(str, dropped))} dropped"
+    if narrowed:
+        yield f"{len(narrowed)} block{'s' if len(narrowed) > 1 else ''} narrowed"
+    beside = sum(entry["residual"] for entry in low_rank.values())
+    for count, how in ((len(low_rank) - beside, "of low rank"), (beside, "with a low-rank correction")):
+        if count:
+            yield f"{count} matri{'ces' if count > 1 else 'x'} {how}"

@@ -6,57 +6,23 @@ and gives the next block's input. So memory is one block's buffers and one set o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from hasten.backends import feed, native
 from hasten.backends.batch import Float32, Int32, Limits, Outputs
-from hasten.errors import OutputError
+from hasten.backends.cache import KvFormat
+from hasten.compress.statistics import Gatherer, Hidden, Statistics
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
 from hasten.graph.ops import Linear
 
 Weights = Mapping[str, Weight | Float32]
 Report = Callable[[str, int, int], None]
-Hidden = list[Float32]
-"""One array [tokens, width] a window."""
 
 CHUNK = 256
-
-
-@dataclass
-class Statistics:
-    """`moments`: weight name -> mean square of each of its input features [in]; `final`: the last block's output."""
-
-    moments: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    tokens: int = 0
-    final: Hidden = field(default_factory=list)
-
-    def save(self, file: Path) -> None:
-        """Into one .npz file, complete or not at all. Raises OutputError."""
-        arrays: dict[str, Any] = {f"moments/{name}": m for name, m in self.moments.items()}
-        arrays |= {f"final/{i:06d}": f for i, f in enumerate(self.final)}
-        arrays["tokens"] = np.array(self.tokens)
-        part = file.with_suffix(".part")
-        try:
-            with part.open("wb") as stream:
-                np.savez(stream, **arrays)
-            part.replace(file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {file}: {error.strerror}", "is the disk full?") from None
-
-    @staticmethod
-    def load(file: Path) -> Statistics:
-        with np.load(file) as arrays:
-            moments = {n.removeprefix("moments/"): arrays[n] for n in arrays.files if n.startswith("moments/")}
-            final = [arrays[n] for n in sorted(arrays.files) if n.startswith("final/")]
-            return Statistics(moments, int(arrays["tokens"]), final)
 
 
 def calibrate(
@@ -64,13 +30,16 @@ def calibrate(
     weights: Weights,
     windows: Sequence[Int32],
     *,
-    kv_format: str,
+    kv_format: KvFormat,
+    hessians: Collection[str] = (),
+    done: Callable[[Statistics], None] | None = None,
     threads: int = 0,
     report: Report | None = None,
 ) -> Statistics:
     """Run `windows` of token ids through the model and gather each linear's input statistics.
 
-    `kv_format`: of the cache that the model is served with.
+    `kv_format`: of the cache that the model is served with. `hessians`: weights whose inputs' second
+    moments are wanted. `done` sees the statistics after each block, and may put elsewhere what is large.
     """
     limits = limits_for(windows, kv_format, threads)
     statistics = Statistics(tokens=sum(len(w) for w in windows))
@@ -81,14 +50,17 @@ def calibrate(
             report("calibration", index, total)
         if index == total - 1:
             statistics.final = hidden
-        section = graph.block(index) if index < len(graph.blocks) else graph.tail(index)
-        hidden = _gather(section, weights, windows, hidden, limits, statistics)
+        section = graph.block(index) if index < len(graph.blocks) else head_input(graph)
+        readers = linear_inputs(graph.tail(index)) if index == len(graph.blocks) else None
+        hidden = gather(section, weights, windows, hidden, limits, statistics, hessians, readers)
+        if done:
+            done(statistics)
     if report:
         report("calibration", total, total)
     return statistics
 
 
-def limits_for(windows: Sequence[Int32], kv_format: str, threads: int = 0, chunk: int = CHUNK) -> Limits:
+def limits_for(windows: Sequence[Int32], kv_format: KvFormat, threads: int = 0, chunk: int = CHUNK) -> Limits:
     return feed.window_limits(max(len(w) for w in windows), chunk, kv_format=kv_format, threads=threads)
 
 
@@ -124,6 +96,19 @@ def run(
     return [np.concatenate(p) for p in parts]
 
 
+def head_input(graph: Graph) -> Graph:
+    """What follows the last block, up to what the head reads: logits are no statistics, and cost as much as a block."""
+    tail = graph.tail(len(graph.blocks))
+    place = next(i for i, node in enumerate(tail.nodes) if isinstance(node.op, Linear))
+    used = dict.fromkeys(w for node in tail.nodes[:place] for w in node.weights)
+    return replace(
+        tail,
+        nodes=tail.nodes[:place],
+        weights={name: tail.weights[name] for name in used},
+        output=tail.nodes[place].inputs[0],
+    )
+
+
 def linear_inputs(graph: Graph) -> dict[str, list[str]]:
     """Value -> weights of the linears that read it."""
     found: dict[str, list[str]] = {}
@@ -133,20 +118,31 @@ def linear_inputs(graph: Graph) -> dict[str, list[str]]:
     return found
 
 
-def _gather(
-    section: Graph, weights: Weights, windows: Sequence[Int32], hidden: Hidden, limits: Limits, into: Statistics
+def gather(
+    section: Graph,
+    weights: Weights,
+    windows: Sequence[Int32],
+    hidden: Hidden,
+    limits: Limits,
+    into: Statistics,
+    hessians: Collection[str] = (),
+    readers: Mapping[str, list[str]] | None = None,
 ) -> Hidden:
-    sites = linear_inputs(section)
-    sums: dict[str, npt.NDArray[np.float64]] = {}
+    """Add what flows into the linears of a section to `into`; returns the section's output.
+
+    `readers`: value -> weights of the linears that read it, where these are no part of the section.
+    """
+    known = {value for node in section.nodes for value in node.outputs}
+    found = linear_inputs(section) if readers is None else readers
+    sites = {value: names for value, names in found.items() if value in known}
+    wanted = frozenset(value for value, names in sites.items() if any(n in hessians for n in names))
+    gatherer = Gatherer(sites, wanted)
 
     def add(outputs: Outputs) -> None:
         for value in sites:
-            x = outputs.value(value)  # [tokens, in]
-            square = np.einsum("ti,ti->i", x, x, dtype=np.float64)
-            sums[value] = sums.get(value, 0.0) + square
+            gatherer.add(value, outputs.value(value))
 
     after = run(section, weights, windows, hidden, limits, tuple(sites), add)
-    for value, names in sites.items():
-        for name in names:
-            into.moments[name] = sums[value] / into.tokens
+    into.sites |= gatherer.found()
+    into.readers |= {name: value for value, names in sites.items() for name in names}
     return after

@@ -3,11 +3,12 @@
     tensors:
       - match: "*.mlp.*"          # a glob over tensor names; the first rule that matches wins
         format: int4-g64          # or "original": leave it as it is
-        method: clip              # optional: the format's best method otherwise
+        method: clip              # optional: the format's best method otherwise (gptq, where it can)
       - match: "*"
         format: int8-g64
 
-Matrices that no rule matches stay as they are.
+Matrices that no rule matches stay as they are. Another key, `structure`, changes the model's shape
+(structure_recipe.py).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 import yaml
 
 from hasten import formats
-from hasten.compress import methods
+from hasten.compress import methods, structure_recipe
+from hasten.compress.structure_recipe import StructureRecipe
 from hasten.errors import FormatError, InputError
 
 ORIGINAL = "original"
@@ -54,14 +56,26 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     rules: tuple[Rule, ...]
+    structure: StructureRecipe | None = None
 
     def assign(self, names: Sequence[str]) -> dict[str, Choice]:
-        """Tensor name -> choice, by the first rule that matches. Raises InputError for a rule that matches nothing."""
+        """Tensor name -> choice, by the first rule that matches.
+
+        Raises InputError for a rule that matches nothing, or nothing that earlier rules have left.
+        """
+        left = set(names)
         for rule in self.rules:
             if not any(fnmatchcase(name, rule.match) for name in names):
                 near = difflib.get_close_matches(rule.match, names, 1, 0.0)
                 hint = f"a tensor is called '{near[0]}'; * stands for any characters" if near else None
                 raise InputError(f"the recipe's pattern '{rule.match}' matches no matrix of this model", hint)
+            mine = {name for name in left if fnmatchcase(name, rule.match)}
+            if not mine:
+                raise InputError(
+                    f"the recipe's pattern '{rule.match}' comes too late: earlier rules take all that it matches",
+                    "the first rule that matches wins; put the narrower pattern first",
+                )
+            left -= mine
         return {name: next((r.choice for r in self.rules if fnmatchcase(name, r.match)), KEEP) for name in names}
 
 
@@ -87,15 +101,18 @@ def parse(text: str) -> Recipe:
         raise InputError(f"this is not YAML: {' '.join(str(error).split())}", EXAMPLE) from None
     except RecursionError:
         raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
-    if not isinstance(document, dict) or "tensors" not in document:
-        raise InputError("a recipe is a mapping with the key 'tensors'", EXAMPLE)
-    unknown = [key for key in document if key != "tensors"]
+    if not isinstance(document, dict) or not ("tensors" in document or "structure" in document):
+        raise InputError("a recipe is a mapping with the key 'tensors', or 'structure', or both", EXAMPLE)
+    unknown = [key for key in document if key not in ("tensors", "structure")]
     if unknown:
-        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "it has one key: tensors")
+        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors and structure")
+    structure = structure_recipe.parse(document["structure"]) if "structure" in document else None
+    if "tensors" not in document:
+        return Recipe((), structure)
     rules = document["tensors"]
     if not isinstance(rules, list) or not rules:
         raise InputError("'tensors' must be a list of rules, at least one", EXAMPLE)
-    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)))
+    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure)
 
 
 def _rule(rule: Any, number: int) -> Rule:

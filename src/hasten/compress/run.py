@@ -10,31 +10,33 @@ import numpy.typing as npt
 
 from hasten import formats
 from hasten.compress import methods
+from hasten.compress.methods import Inputs
+from hasten.compress.methods._sweep import loss
 from hasten.compress.recipe import Choice
 from hasten.errors import FormatError
 from hasten.formats import Weight
 
 Float32 = npt.NDArray[np.float32]
-Moments = Mapping[str, npt.NDArray[np.float64]]
+KnownInputs = Callable[[str], Inputs | None]
 Report = Callable[[str, int, int], None]
 
 
 class Packer:
     """Makes, and keeps as far as `memory` bytes go, the packed form of each (matrix, choice).
 
-    `original` holds the model's own weights, `values(name)` reads one as float32 [out, in], `moments` says what flows
-    into it. Raises FormatError naming the tensor that a format cannot hold.
+    `original` holds the model's own weights, `values(name)` reads one as float32 [out, in], `inputs(name)` says what
+    flows into it. Raises FormatError naming the tensor that a format cannot hold.
     """
 
     def __init__(
         self,
         original: Mapping[str, Weight | Float32],
         values: Callable[[str], Float32],
-        moments: Moments,
+        inputs: KnownInputs,
         memory: int = 1 << 31,
     ) -> None:
         self.original = original
-        self._values, self._moments, self._memory = values, moments, memory
+        self._values, self._inputs, self._memory = values, inputs, memory
         self._kept: OrderedDict[tuple[str, Choice], Weight] = OrderedDict()
         self._bytes = 0
         self._last: tuple[str, Float32] | None = None
@@ -45,8 +47,8 @@ class Packer:
             self._last = (name, self._values(name))
         return self._last[1]
 
-    def moments(self, name: str) -> npt.NDArray[np.float64] | None:
-        return self._moments.get(name)
+    def inputs(self, name: str) -> Inputs:
+        return self._inputs(name) or methods.NOTHING
 
     def pack(self, name: str, choice: Choice) -> Weight:
         if choice.is_original:
@@ -58,7 +60,7 @@ class Packer:
             self._kept.move_to_end(key)
             return self._kept[key]
         try:
-            weight = methods.apply(choice.method, self.values(name), formats.get(choice.format), self.moments(name))
+            weight = methods.apply(choice.method, self.values(name), formats.get(choice.format), self.inputs(name))
         except FormatError as error:
             raise FormatError(f"{name}: {error.message}", error.hint) from None
         self._kept[key] = weight
@@ -68,9 +70,12 @@ class Packer:
         return weight
 
     def error(self, name: str, choice: Choice) -> float:
-        """sum_ij m_j (w_ij - packed_ij)^2: the output's expected squared error, were the inputs uncorrelated."""
-        moments = self.moments(name)
+        """The output's expected squared error: d H d^T of the difference's rows, or sum_ij m_j d_ij^2 without H."""
+        inputs = self.inputs(name)
         difference = self.pack(name, choice).dense() - self.values(name)
+        if inputs.hessian is not None:
+            return float(loss(difference, inputs.hessian).sum())
+        moments = inputs.moments
         columns = np.einsum("ij,ij->j", difference, difference, dtype=np.float64)
         return float(columns.sum() if moments is None else columns @ moments)
 
@@ -88,6 +93,6 @@ class Packer:
         return weights
 
 
-def needs_moments(choices: Mapping[str, Choice]) -> bool:
-    """Whether any method in use weighs errors by what flows into the matrix."""
-    return any(c.method not in ("nearest", "original") for c in choices.values())
+def needs(choices: Mapping[str, Choice]) -> dict[str, methods.Needs]:
+    """Matrix -> what its method must be told of its inputs, for those that are to change."""
+    return {name: methods.get(c.method).NEEDS for name, c in choices.items() if not c.is_original}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hasten import _native, formats
+from hasten.backends import cache
 from hasten.backends.batch import Limits
 from hasten.backends.host import active_isa
 from hasten.graph.graph import Graph, Node
@@ -84,7 +85,9 @@ def _attention(fused: Graph, node: Node, limits: Limits, threads: int) -> tuple[
     rows = min(QUERY_TILE, limits.max_tokens) * (a.heads // a.kv_heads)
     width = _round_up(a.head_dim, 16)
     tile = limits.block_size * max(1, TILE_KEYS // limits.block_size)
-    own = rows * (4 * a.head_dim + 8 * width + 32) + 256 + 4 * tile * (SCORE_ROWS + a.head_dim + width + 2)
+    own = rows * (4 * a.head_dim + 8 * width + 36) + 256 + 4 * tile * (SCORE_ROWS + a.head_dim + width + 4)
+    if cache.formats_of(fused, limits.kv_format)[a.layer] == "int4":
+        own += tile * (2 * a.head_dim + 1 + a.head_dim % 2)  # unpacked codes of keys and values
     spans = -(-limits.context // (limits.block_size * max(1, SPAN_KEYS // limits.block_size)))
     cut = (
         4 * min(limits.max_sequences, CUT_SEQUENCES) * spans * (a.heads * (width + 2) + 32 * a.kv_heads)

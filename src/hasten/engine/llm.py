@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hasten.backends.batch import Limits
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.engine.engine import Engine
 from hasten.engine.progress import Progress, Report
@@ -44,7 +45,8 @@ class LLM:
 
     `model`: a Hugging Face directory, a hub id, an artifact, or "demo"; or one of them opened. `context`: tokens a
     sequence may have, its prompt included. `max_batch`: sequences computed together; more wait. `threads`: 0 for one a
-    core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes) or "f32". `memory`: bytes that all of
+    core. `kv_format` of the cache: "auto", "bf16", "int8" (half of bf16's bytes), "int4" (a
+    quarter and a little) or "f32", or one of them for each layer, between commas. `memory`: bytes that all of
     it may take, None for what is available. `score_rows`: rows of prompts that one step can score, where that is more
     than `max_batch`. Raises ContextError, InputError, MemoryLimitError (before anything is
     loaded), and what opening a model raises.
@@ -57,7 +59,7 @@ class LLM:
         context: int | None = None,
         max_batch: int = 16,
         threads: int = 0,
-        kv_format: str = "auto",
+        kv_format: KvFormat = "auto",
         memory: int | None = None,
         score_rows: int = 0,
         report: Report | None = None,
@@ -271,7 +273,7 @@ def limits_for(
     context: int | None = None,
     max_batch: int = 16,
     threads: int = 0,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
     budget: int | None = None,
     score_rows: int = 0,
 ) -> Limits:
@@ -296,7 +298,7 @@ def limits_for(
         max_tokens=max(STEP_TOKENS, max_batch),
         max_sequences=max_batch,
         max_rows=max(max_batch, min(score_rows, STEP_TOKENS)),
-        kv_format=memory.kv_format(model.formats.values(), kv_format),
+        kv_format=memory.kv_format(model.formats.values(), kv_format, model.kv_formats),
         threads=threads,
     )
     return _with_cache(model, limits, memory.memory()[1] if budget is None else budget)

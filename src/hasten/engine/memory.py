@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hasten import formats
+from hasten.backends import cache
 from hasten.backends.batch import Limits
+from hasten.backends.cache import KvFormat
 from hasten.engine.buffers import beside_arena
 from hasten.errors import InputError, MemoryLimitError
 from hasten.graph.fuse import fuse
 from hasten.graph.graph import Graph
 from hasten.graph.memory import plan
-from hasten.graph.ops import Attention
 
 ROOT = Path("/")
-KV_FORMATS = {"bf16": (2, 0), "int8": (1, 2), "f32": (4, 0)}
-"""Bytes of a number in the cache, and of the scale that a token's key or value has for each head."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def predict(graph: Graph, weights: int, limits: Limits, stored: Mapping[str, str
     return Prediction(weights, tokens * kv_bytes(graph, limits.kv_format), arena + rest)
 
 
-def kv_bytes(graph: Graph, kv_format: str) -> int:
+def kv_bytes(graph: Graph, kv_format: KvFormat) -> int:
     """Bytes of keys and values that one token leaves in the cache, all layers together."""
-    layers = [node.op for node in graph.nodes if isinstance(node.op, Attention)]
-    number, scale = KV_FORMATS[kv_format]
-    return sum(2 * op.kv_heads * (op.head_dim * number + scale) for op in layers)
+    formats = cache.formats_of(graph, kv_format)
+    slots = {op.layer: op for op in cache.attentions(graph)}
+    return sum(2 * op.kv_heads * cache.token_bytes(formats[slot], op.head_dim) for slot, op in slots.items())
 
 
 def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
@@ -63,17 +63,34 @@ def weight_bytes(graph: Graph, stored: Mapping[str, str]) -> int:
     return total
 
 
-def kv_format(stored: Iterable[str], asked: str = "auto") -> str:
-    """The cache's format: what was asked for, or f32 where one of the formats that a model is stored in is, else bf16.
+def kv_format(stored: Iterable[str], asked: KvFormat = "auto", own: Sequence[str] = ()) -> KvFormat:
+    """The cache's format: what was asked for (a name, or one for each layer, in a text between commas), or the model's
+    `own`, or f32 where one of the formats that it is stored in is, else bf16.
 
     Serving and evaluation both ask here, so that what is measured is what is served. Raises InputError for a format
     that does not exist.
     """
     if asked == "auto":
-        return "f32" if "f32" in stored else "bf16"
-    if asked not in KV_FORMATS:
-        raise InputError(f"kv_format is '{asked}', must be auto, {', '.join(list(KV_FORMATS)[:-1])} or f32")
-    return asked
+        return _alike(tuple(own)) if own else "f32" if "f32" in stored else "bf16"
+    names = tuple(name.strip() for name in asked.split(",")) if isinstance(asked, str) else tuple(asked)
+    for name in names or ("",):
+        if name not in cache.FORMATS:
+            raise InputError(
+                f"kv_format is '{name}', must be auto, {', '.join(cache.FORMATS[:-1])} or {cache.FORMATS[-1]}",
+                "or one of them for each layer, between commas",
+            )
+    return names[0] if len(names) == 1 else names
+
+
+def _alike(names: tuple[str, ...]) -> KvFormat:
+    return names[0] if len(set(names)) == 1 else names
+
+
+def shown_format(kv_format: KvFormat) -> str:
+    """For people: "int8", or "4 layers int4, 1 layer int8"."""
+    if isinstance(kv_format, str):
+        return kv_format
+    return ", ".join(f"{n} layer{'s' * (n > 1)} {name}" for name, n in Counter(kv_format).most_common())
 
 
 def require(needed: Prediction, available: int | None) -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from hasten.backends import feed
 from hasten.backends.batch import Float32, Int32, Limits, Program
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.errors import CheckpointError, InputError
 from hasten.evaluate.bootstrap import interval
@@ -59,23 +60,26 @@ class Evaluation:
         }
 
 
-def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: str = "bf16", threads: int = 0) -> Limits:
+def limits_for(graph: Graph, windows: Sequence[Int32], *, kv_format: KvFormat = "bf16", threads: int = 0) -> Limits:
     """Limits of a program that scores `windows`: few enough rows at once for their logits to stay small."""
     chunk = max(32, min(256, LOGITS_AT_ONCE // max(graph.vocabulary, 1)))
     return feed.window_limits(max(len(w) for w in windows), chunk, kv_format=kv_format, threads=threads)
 
 
 def predict(
-    models: Sequence[tuple[Graph, Mapping[str, str]]], windows: Sequence[Int32], kv_format: str = "auto"
+    models: Sequence[tuple[Graph, Mapping[str, str]]],
+    windows: Sequence[Int32],
+    kv_format: KvFormat = "auto",
+    reference_kv_format: KvFormat = "auto",
 ) -> memory.Prediction:
-    """What measuring `models` (graph, format of each matrix) together takes, the first with a cache in `kv_format`."""
+    """What measuring `models` (graph, format of each matrix) together takes: a model, and perhaps its reference."""
     parts = [
         memory.predict(
             graph,
             memory.weight_bytes(graph, stored),
-            limits_for(graph, windows, kv_format=memory.kv_format(stored.values(), "auto" if index else kv_format)),
+            limits_for(graph, windows, kv_format=memory.kv_format(stored.values(), asked)),
         )
-        for index, (graph, stored) in enumerate(models)
+        for (graph, stored), asked in zip(models, (kv_format, reference_kv_format), strict=False)
     ]
     return memory.Prediction(*(sum(column) for column in zip(*(astuple(p) for p in parts), strict=True)))
 
@@ -86,12 +90,13 @@ def measure(
     windows: Sequence[Int32],
     *,
     reference: tuple[Graph, Weights] | None = None,
-    kv_format: str = "auto",
+    kv_format: KvFormat = "auto",
+    reference_kv_format: KvFormat = "auto",
     threads: int = 0,
     report: Report | None = None,
 ) -> Evaluation:
-    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto", always the reference's,
-    is what a model is served with.
+    """Score `windows` with a graph and its weights. `kv_format` is of its cache; "auto" is what a model of such weights
+    is served with, where it is no artifact with a choice of its own.
 
     Raises as `score` does, InputError where the vocabularies differ, BackendError where the backend cannot run a graph.
     """
@@ -103,11 +108,11 @@ def measure(
             "compare models that share a tokenizer",
         )
 
-    def program(graph: Graph, weights: Weights, asked: str) -> Program:
+    def program(graph: Graph, weights: Weights, asked: KvFormat) -> Program:
         kv = memory.kv_format((w.format.name for w in weights.values() if isinstance(w, Weight)), asked)
         return native.compile(graph, weights, limits_for(graph, windows, kv_format=kv, threads=threads))
 
-    other = program(*reference, "auto") if reference else None
+    other = program(*reference, reference_kv_format) if reference else None
     return score(program(graph, weights, kv_format), windows, other, report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from hasten.errors import ConfigError
@@ -61,6 +62,8 @@ class Graph:
     vocabulary: int = 0
     hidden: int = 0
     notes: tuple[str, ...] = field(default=(), compare=False)
+    slots: tuple[int, ...] | None = None
+    """Of a graph that was cut from another: the slot that each of its cache slots has in the whole model."""
 
     def matrices(self) -> list[WeightSpec]:
         """Weights with two dimensions, in order of first use: what compression may touch."""
@@ -119,24 +122,35 @@ class Graph:
 
     def _cut(self, blocks: tuple[Block, ...], start: int, stop: int, entry: str, output: str) -> Graph:
         """nodes[start:stop] behind an Input called `entry`. Cache slots are counted anew from 0."""
-        slots: dict[int, int] = {}
-        nodes = [Node(Input(self.widths()[entry]), entry, (), (entry,))]
-        for node in self.nodes[start:stop]:
-            op = node.op
-            if isinstance(op, Attention):
-                op = replace(op, layer=slots.setdefault(op.layer, len(slots)))
-            elif isinstance(op, FusedAttention):
-                slot = slots.setdefault(op.attention.layer, len(slots))
-                op = replace(op, attention=replace(op.attention, layer=slot))
-            nodes.append(replace(node, op=op))
+        rest, slots = with_own_slots(self.nodes[start:stop])
+        nodes = [Node(Input(self.widths()[entry]), entry, (), (entry,)), *rest]
         used = dict.fromkeys(w for n in nodes for w in n.weights)
         return replace(
             self,
             nodes=tuple(nodes),
             weights={w: self.weights[w] for w in used},
             output=output,
+            slots=slots if self.slots is None else tuple(self.slots[s] for s in slots),
             blocks=tuple(replace(b, start=b.start - start + 1, stop=b.stop - start + 1) for b in blocks),
         )
+
+
+def with_own_slots(nodes: Iterable[Node]) -> tuple[list[Node], tuple[int, ...]]:
+    """The nodes with the cache's slots counted anew from 0, in the order in which attentions use them.
+
+    And the slots that these had before.
+    """
+    slots: dict[int, int] = {}
+    counted = []
+    for node in nodes:
+        op = node.op
+        if isinstance(op, Attention):
+            op = replace(op, layer=slots.setdefault(op.layer, len(slots)))
+        elif isinstance(op, FusedAttention):
+            slot = slots.setdefault(op.attention.layer, len(slots))
+            op = replace(op, attention=replace(op.attention, layer=slot))
+        counted.append(replace(node, op=op))
+    return counted, tuple(slots)
 
 
 class GraphBuilder:

@@ -64,21 +64,21 @@ def _anonymous(graph: Graph, index: int) -> list[str]:
     here = {v for n in graph.nodes[block.start : block.stop] for v in n.outputs}
     lines = []
     for node in graph.nodes[block.start : block.stop]:
-        inputs = [_without_number(v, index) if v in here else "input" for v in node.inputs]
+        inputs = [_without_number(v) if v in here else "input" for v in node.inputs]
         op = re.sub(r"layer=\d+", "layer", repr(node.op))
         shapes = [graph.weights[w].shape for w in node.weights]
-        lines.append(f"{op} {_without_number(node.name, index)} {inputs} {shapes}")
+        lines.append(f"{op} {_without_number(node.name)} {inputs} {shapes}")
     return lines
 
 
-def _without_number(name: str, number: int) -> str:
-    return re.sub(rf"\b{number}\b", "N", name)
+def _without_number(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
 def _counted(notes: Iterable[str]) -> list[str]:
     """Notes that differ in nothing but numbers of blocks, once, with how often."""
     counts: dict[str, int] = {}
     for note in notes:
-        shape = re.sub(r"(?<=\.)\d+(?=\.)", "N", note)
+        shape = _without_number(note)
         counts[shape] = counts.get(shape, 0) + 1
     return [f"{note} ({count} times)" if count > 1 else note for note, count in counts.items()]

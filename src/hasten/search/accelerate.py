@@ -19,8 +19,8 @@ from hasten import checkpoint
 from hasten.bench import peak
 from hasten.bench.latency import Run
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Statistics
 from hasten.compress.run import Packer
+from hasten.compress.statistics import Statistics
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
 from hasten.search import (
@@ -75,7 +75,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         ask_original(job, trials)
         statistics = calibrated(job, trials)
         compare_texts(job, trials)
-        packer = Packer(job.original, job.model.tensor, statistics.moments, job.packed)
+        packer = Packer(job.original, job.model.tensor, statistics.inputs, job.packed)
         space, times = explore(job, statistics, packer, trials)
         each = seconds_per_token(job, trials)
         sizes = schedule.text_sizes(job, each, trials)
@@ -100,17 +100,24 @@ def calibrated(job: Job, trials: Trials) -> Statistics:
     flat = np.concatenate(job.texts.calibration)[: schedule.calibration(job, trials)]
     job.texts = texts.replace_calibration(job.texts, texts.split(flat, context))
     windows = job.texts.calibration
-    file = trials.folder / f"calibration-{texts.digest([flat])}.npz"
-    fact = [job.key, file.name, context]
+    folder = trials.folder / f"calibration-{texts.digest([flat])}"
+    fact = [job.key, folder.name, context]
     with job.stage("calibration"):
-        if file.exists() and trials.get("calibration", fact) is not None:
-            return Statistics.load(file)
+        if (folder / "statistics.npz").exists() and trials.get("calibration", fact) is not None:
+            return Statistics.load(folder)
         statistics = calibrate.calibrate(
-            job.graph, job.original, windows, kv_format=job.kv_format, threads=job.threads, report=job.report
+            job.graph,
+            job.original,
+            windows,
+            kv_format=job.kv_format,
+            hessians=[spec.name for spec in job.graph.matrices()],
+            done=lambda found: found.spill(folder),
+            threads=job.threads,
+            report=job.report,
         )
     kept = len(texts.take(windows, sensitivity.MOST_TOKENS))
     statistics.final = statistics.final[:kept]
-    statistics.save(file)
+    statistics.save(folder)
     trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
     return statistics
 
@@ -149,7 +156,7 @@ def compare_texts(job: Job, trials: Trials) -> None:
 def seconds_per_token(job: Job, trials: Trials) -> float:
     """Of the original, in chunks: as the first calibration took, so that a run continued decides as it did before."""
     flat = np.concatenate(job.texts.calibration)
-    name = f"calibration-{texts.digest([flat])}.npz"
+    name = f"calibration-{texts.digest([flat])}"
     found = trials.get("calibration", [job.key, name, min(job.graph.context, 512)])
     assert found is not None
     return float(found["seconds_per_token"])

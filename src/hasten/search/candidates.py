@@ -61,7 +61,8 @@ def tensors(graph: Graph, weights: Mapping[str, Weight | npt.NDArray[np.float32]
         embeds = sum(isinstance(n.op, Embed) for _, n in readers)
         at_rows = all(n.inputs[0] in rows for n in linears)
         block = _block(graph, readers[0][0])
-        choices = (KEEP, *(c for c in all_choices() if smaller(get(c.format), weight.format, weight.shape)))
+        made = all_choices(bool(linears))
+        choices = (KEEP, *(c for c in made if smaller(get(c.format), weight.format, weight.shape)))
         tensor = Tensor(
             spec.name, weight.shape, weight.format.name, block, len(linears), embeds, at_rows and bool(linears), choices
         )
@@ -69,8 +70,9 @@ def tensors(graph: Graph, weights: Mapping[str, Weight | npt.NDArray[np.float32]
     return found
 
 
-def all_choices() -> list[Choice]:
-    return [Choice(name, methods.best_for(get(name))) for name in FORMATS]
+def all_choices(linear: bool) -> list[Choice]:
+    """Every format by its best method; what no linear reads has no inputs that a method could know of."""
+    return [Choice(name, methods.best_for(get(name), hessian=linear)) for name in FORMATS]
 
 
 def smaller(format: Format, than: Format, shape: tuple[int, int]) -> bool:

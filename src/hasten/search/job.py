@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hasten import checkpoint
+from hasten.backends.cache import KvFormat
 from hasten.backends.host import native_build
 from hasten.bench import machine
 from hasten.bench.machine import Machine
@@ -111,9 +112,9 @@ class Job:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
 
     @property
-    def kv_format(self) -> str:
+    def kv_format(self) -> KvFormat:
         """Of the cache that the original is served with."""
-        return memory.kv_format(self.model.formats.values())
+        return memory.kv_format(self.model.formats.values(), own=self.model.kv_formats)
 
 
 def work_folder(output: Path) -> Path:

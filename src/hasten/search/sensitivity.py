@@ -16,9 +16,10 @@ import numpy as np
 from hasten.backends import feed, native
 from hasten.backends.batch import Float32, Int32, Limits, Program
 from hasten.compress import calibrate
-from hasten.compress.calibrate import Hidden, Report, Weights
+from hasten.compress.calibrate import Report, Weights
 from hasten.compress.recipe import Choice
 from hasten.compress.run import Packer
+from hasten.compress.statistics import Hidden
 from hasten.errors import FormatError
 from hasten.formats import Weight
 from hasten.graph.graph import Graph

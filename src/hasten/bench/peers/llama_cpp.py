@@ -15,6 +15,8 @@ from hasten.checkpoint.gguf import KINDS, write_gguf
 PACKAGE = "llama-cpp-python"
 TOOLS = ("llama-bench", "llama-batched-bench")
 SERVER = "llama-server"
+QUALITY = ("llama-quantize", "llama-imatrix")
+"""What scripts/quality.py asks for."""
 TYPES = {4: "q4_0", 8: "q8_0", 16: "f16"}
 CMAKE = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -40,8 +42,9 @@ def install(home: Environment) -> None:
     home.run([*targets, "llama"], "llama.cpp: building the libraries")
     with contextlib.suppress(PeerError):  # without tools the C interface measures, and every figure says so
         home.run([*targets, *TOOLS], "llama.cpp: building its tools")
-    with contextlib.suppress(PeerError):
-        home.run([*targets, SERVER], "llama.cpp: building its server")
+    for names in ([SERVER], QUALITY):
+        with contextlib.suppress(PeerError):
+            home.run([*targets, *names], f"llama.cpp: building {names[0]}")
 
 
 def _source(home: Environment) -> Path:

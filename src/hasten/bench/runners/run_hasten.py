@@ -37,7 +37,7 @@ class Hasten(protocol.Engine):
             max_rows=batch,
             block_size=BLOCK,
             kv_blocks=-(-tokens // BLOCK) + batch,
-            kv_format=memory.kv_format(model.formats.values(), kv_format),
+            kv_format=memory.kv_format(model.formats.values(), kv_format, model.kv_formats),
             threads=threads,
         )
         memory.require(memory.predict(model.graph, 0, limits), memory.memory()[1])

@@ -1,7 +1,7 @@
-"""GGUF, the file format of llama.cpp: written from any model that hasten opens, so that both can run the same weights.
+"""GGUF, the file format of llama.cpp: read as a model, and written from any model that hasten opens.
 
-Our own writer rather than the `gguf` package: what is needed is a header, two block formats and names, and a model's
-tensors are to pass through one at a time, whatever they were stored as.
+Our own reader and writer rather than the `gguf` package: headers are distrusted, and a model's tensors are to pass
+through one at a time, whatever they were stored as.
 """
 
 from __future__ import annotations

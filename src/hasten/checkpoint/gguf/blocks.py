@@ -1,4 +1,4 @@
-"""How GGUF stores numbers: f32, f16, and rows of 32-number blocks (ggml's quantize_row_q8_0_ref and _q4_0_ref)."""
+"""How GGUF stores numbers: f32, f16, bf16, and blocks of 32 (ggml's quantize_row_q8_0_ref and _q4_0_ref)."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ KINDS = {
         Kind("f16", 1, 1, 1, 2),
         Kind("q4_0", 2, 2, BLOCK, 18),
         Kind("q8_0", 8, 7, BLOCK, 34),
+        Kind("bf16", 30, 32, 1, 2),
     )
 }
 
@@ -60,6 +61,11 @@ def encode(values: Float32, kind: Kind, name: str = "a tensor") -> UInt8:
 
 def _f32(values: Float32) -> UInt8:
     return np.ascontiguousarray(values, "<f4").reshape(-1).view(np.uint8)
+
+
+def _bf16(values: Float32) -> UInt8:
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").reshape(-1).view(np.uint8)
 
 
 def _f16(values: Float32) -> UInt8 | None:
@@ -97,4 +103,19 @@ def _joined(scale: Float32, codes: UInt8) -> UInt8 | None:
     return np.concatenate((half[:, None].view(np.uint8), codes), axis=1).reshape(-1)
 
 
-ENCODERS = {"f32": _f32, "f16": _f16, "q8_0": _q8_0, "q4_0": _q4_0}
+def encode_levels(levels: npt.NDArray[np.int8], scales: Float32, kind: Kind) -> UInt8:
+    """int8 levels [rows, columns] and f16 scales [rows, columns / 32], held as float32, as q4_0 or q8_0: no rounding.
+
+    Levels are within -8 and 7 for q4_0.
+    """
+    blocks = levels.reshape(-1, BLOCK)
+    if kind.name == "q8_0":
+        codes = blocks.view(np.uint8)
+    else:
+        nibbles = (blocks + np.int8(8)).astype(np.uint8)
+        codes = nibbles[:, :16] | nibbles[:, 16:] << np.uint8(4)
+    half = np.ascontiguousarray(scales.reshape(-1, 1), "<f2")
+    return np.concatenate((half.view(np.uint8), codes), axis=1).reshape(-1)
+
+
+ENCODERS = {"f32": _f32, "f16": _f16, "bf16": _bf16, "q8_0": _q8_0, "q4_0": _q4_0}

@@ -92,7 +92,7 @@ def _value(value: Any) -> tuple[int, bytes]:
         return FLOAT32, struct.pack("<f", value)
     if isinstance(value, str):
         return STRING, _string(value)
-    kind = type(value[0])
+    kind = type(value[0]) if value else str  # merges, of a vocabulary of bytes
     number, pack = ELEMENTS[kind]
     return ARRAY, struct.pack("<IQ", number, len(value)) + b"".join(map(pack, value))
 

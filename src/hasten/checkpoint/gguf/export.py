@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,11 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hasten import formats
 from hasten.checkpoint.gguf import container
-from hasten.checkpoint.gguf.blocks import KINDS, Kind, UInt8, encode
+from hasten.checkpoint.gguf.blocks import KINDS, Kind, UInt8, encode, encode_levels
 from hasten.checkpoint.gguf.vocabulary import vocabulary
+from hasten.checkpoint.grid import levels_of
 from hasten.errors import CheckpointError
-from hasten.formats.base import Float32
+from hasten.formats.base import Float32, Weight
+from hasten.formats.integer import Grouped
 from hasten.graph.graph import Graph, WeightSpec
 from hasten.graph.ops import Attention, Gate, Norm, Rope
 
@@ -37,27 +41,48 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+EXACT = {"f32": "f32", "f16": "f16", "bf16": "bf16", **dict.fromkeys(("int4", "int3", "int2", "int1"), "q4_0")}
+"""Family of formats -> the smallest type that holds its values; of those not named here (int8, sparse8, codebooks)
+levels are of 8 bits."""
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(
     model: Model,
     path: str | os.PathLike[str],
-    kind: str = "f16",
+    kind: str | None = "f16",
     progress: Callable[[str, int, int], None] | None = None,
-) -> int:
-    """Write every weight of `model` to `path`, matrices as `kind` (f32, f16, q8_0 or q4_0), vectors as f32.
+) -> dict[str, str]:
+    """Write every weight of `model` to `path`, matrices as `kind` (f32, f16, bf16, q8_0 or q4_0), vectors as f32.
 
-    Head and embedding are of the same kind; a tied head is not written twice. A matrix whose columns do not divide
-    into blocks is written as f16, as llama.cpp's own tool does. Returns the bytes of all tensors. Raises
-    CheckpointError where llama.cpp cannot say the model, OutputError where the file cannot be written.
+    None: each matrix as the smallest type that holds its values exactly. Quantised matrices are taken over as they are
+    wherever the type can hold them, nothing is rounded twice. A tied head is not written twice. A matrix whose columns
+    do not divide into blocks is written as f16, as llama.cpp's own tool does. Returns the type of every matrix by
+    weight name. Raises CheckpointError where llama.cpp cannot say the model, OutputError where the file cannot be
+    written.
     """
-    if kind not in KINDS:
+    if kind is not None and kind not in KINDS:
         raise CheckpointError(f"there is no GGUF type '{kind}' here", f"one of: {', '.join(KINDS)}")
-    metadata = describe(model, KINDS[kind])
-    tensors = _tensors(model, KINDS[kind])
-    container.write(Path(path), metadata, tensors, progress)
-    return sum(tensor.nbytes for tensor in tensors.values())
+    if model.structure:
+        raise CheckpointError(
+            f"{model.source} departs from its config.json, which cannot be written as GGUF", "export it --to onnx"
+        )
+    chosen = kinds(model, kind)
+    most = Counter(
+        {k: sum(int(np.prod(model.graph.weights[n].shape)) for n in chosen if chosen[n] is k) for k in chosen.values()}
+    ).most_common(1)[0][0]
+    metadata = describe(model, KINDS[kind] if kind else most)
+    container.write(Path(path), metadata, _tensors(model, chosen), progress)
+    return {name: found.name for name, found in chosen.items()}
+
+
+def kinds(model: Model, kind: str | None) -> dict[str, Kind]:
+    """The type of every matrix, by weight name."""
+    made: dict[str, Kind] = {}
+    for spec in model.graph.matrices():
+        chosen = KINDS[kind or EXACT.get(model.formats[spec.name].split("-")[0], "q8_0")]
+        made[spec.name] = chosen if spec.shape[-1] % chosen.block == 0 else KINDS["f16"]
+    return made
 
 
 def describe(model: Model, kind: Kind) -> dict[str, container.Value]:
@@ -126,28 +151,32 @@ def _rope_factors(model: Model) -> Float32:
     return np.asarray(rope_base(model) ** -exponents / frequencies, np.float32)
 
 
-def _tensors(model: Model, kind: Kind) -> dict[str, container.Tensor]:
+def _tensors(model: Model, chosen: dict[str, Kind]) -> dict[str, container.Tensor]:
     factors = _rope_factors(model)
     made: dict[str, container.Tensor] = {}
     if not np.allclose(factors, 1.0, rtol=1e-5):
-        made["rope_freqs.weight"] = _tensor(factors.shape, KINDS["f32"], lambda: factors, "rope_freqs.weight")
+        kind = KINDS["f32"]
+        made["rope_freqs.weight"] = container.Tensor(factors.shape, kind, lambda: encode(factors, kind))
     for spec in model.graph.weights.values():
-        name = tensor_name(spec.name)
-        chosen = kind if spec.is_matrix else KINDS["f32"]
-        chosen = chosen if spec.shape[-1] % chosen.block == 0 else KINDS["f16"]
-        made[name] = _tensor(spec.shape, chosen, partial(_values, model, spec), name)
+        kind = chosen.get(spec.name, KINDS["f32"])
+        made[tensor_name(spec.name)] = container.Tensor(spec.shape, kind, partial(_encoded, model, spec, kind))
     return made
 
 
-def _tensor(shape: tuple[int, ...], kind: Kind, read: Callable[[], Float32], name: str) -> container.Tensor:
-    def data() -> UInt8:
-        return encode(read(), kind, name)
+def _encoded(model: Model, spec: WeightSpec, kind: Kind) -> UInt8:
+    if spec.is_matrix and kind.name in ("q4_0", "q8_0"):
+        family = formats.get(model.formats[spec.name])
+        if isinstance(family, Grouped) and (kind.name == "q8_0" or EXACT.get(family.kind) == "q4_0"):
+            weight = model.weight(spec.name)
+            assert isinstance(weight, Weight)
+            levels, scales = levels_of(weight)
+            spread = np.repeat(scales, family.group // kind.block, axis=1)[:, : spec.shape[1] // kind.block]
+            return encode_levels(_turned(model, spec, levels), _turned(model, spec, spread), kind)
+    return encode(_turned(model, spec, model.tensor(spec.name)), kind, tensor_name(spec.name))
 
-    return container.Tensor(shape, kind, data)
 
-
-def _values(model: Model, spec: WeightSpec) -> Float32:
-    values = model.tensor(spec.name)
+def _turned(model: Model, spec: WeightSpec, values: Any) -> Any:
+    """Rows in the order that the architecture's rope wants."""
     attention = _attention(model)
     if ARCHITECTURES[str(model.config["model_type"])] == "llama":
         for part, heads in (("q_proj", attention.heads), ("k_proj", attention.kv_heads)):

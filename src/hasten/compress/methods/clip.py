@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hasten.compress.methods import Float32, Moments
-from hasten.compress.methods._groups import best_scales, cut, extremes, in_threads
+from hasten.compress.methods import Float32, Inputs, Moments
+from hasten.compress.methods._groups import Round, best_scales, cut, extremes, in_threads
 from hasten.formats import Format, Weight
 
 RATIOS = {
@@ -20,6 +20,7 @@ RATIOS = {
     "int1": (1.0,),  # the signs whatever the scale; the fit by least squares finds it
 }
 LEVELS = {"int8": (-127, 127), "int4": (-8, 7), "int3": (-4, 3), "int2": (-3, 3), "int1": (-1, 1)}
+NEEDS = "moments"
 ODD = ("int2", "int1")
 """Kinds whose levels are the odd integers."""
 
@@ -28,12 +29,24 @@ def supports(format: Format) -> bool:
     return format.kind in LEVELS
 
 
-def apply(values: Float32, format: Format, moments: Moments | None = None) -> Weight:
-    return format.pack(values, scales=best(values, format.kind, format.group, moments))
+def apply(values: Float32, format: Format, inputs: Inputs) -> Weight:
+    return format.pack(values, scales=best(values, format.kind, format.group, inputs.moments))
 
 
 def best(values: Float32, kind: str, group: int, moments: Moments | None) -> Float32:
     """The scales [rows, groups] of integers of `kind` that leave the least error."""
+    chunks, weights = cut(values, moments, group)
+    nearest = rounding(kind)
+
+    def scales_of(chunk: Float32) -> Float32:
+        base = extremes(chunk) / np.float32(LEVELS[kind][0])
+        return best_scales(chunk, weights, base, RATIOS[kind], nearest)[0]
+
+    return np.concatenate(list(in_threads(scales_of, chunks)))
+
+
+def rounding(kind: str) -> Round:
+    """quotients -> the nearest levels of integers of `kind`."""
     low, high = LEVELS[kind]
 
     def nearest(quotients: Float32) -> Float32:
@@ -46,10 +59,4 @@ def best(values: Float32, kind: str, group: int, moments: Moments | None) -> Flo
             np.rint(quotients, out=quotients)
         return np.clip(quotients, low, high, out=quotients)
 
-    chunks, weights = cut(values, moments, group)
-
-    def scales_of(chunk: Float32) -> Float32:
-        base = extremes(chunk) / np.float32(low)
-        return best_scales(chunk, weights, base, RATIOS[kind], nearest)[0]
-
-    return np.concatenate(list(in_threads(scales_of, chunks)))
+    return nearest

@@ -10,15 +10,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hasten.compress.methods import Float32, Moments
+from hasten.compress.methods import Float32, Inputs, Moments
 from hasten.compress.methods._groups import Round, best_scales, cut, extremes, half, in_threads, quotients
 from hasten.formats import Format, Weight
-from hasten.formats.codebook import Codebook
+from hasten.formats.codebook import DEFAULTS, Codebook
 
 LOW, HIGH = -64, 63
 STEPS = 2  # histogram bins a level
 RATIOS = (1.06, 1.0, 0.95, 0.9, 0.85, 0.79, 0.72)
 ROUNDS = 2
+NEEDS = "moments"
 
 Float64 = npt.NDArray[np.float64]
 
@@ -27,8 +28,14 @@ def supports(format: Format) -> bool:
     return isinstance(format, Codebook)
 
 
-def apply(values: Float32, format: Format, moments: Moments | None = None) -> Weight:
+def apply(values: Float32, format: Format, inputs: Inputs) -> Weight:
     assert isinstance(format, Codebook)
+    levels, scales = learned(values, format, inputs.moments)
+    return format.pack(values, scales=scales, codebook=levels)
+
+
+def learned(values: Float32, format: Codebook, moments: Moments | None) -> tuple[npt.NDArray[np.int8], Float32]:
+    """Levels [entries] and scales [rows, groups] of the least error."""
     chunks, weights = cut(values, moments, format.group)
     base = [half(extremes(chunk) / np.float32(LOW)) for chunk in chunks]  # the extreme is the lowest level
     scales, best, least = base, None, np.inf
@@ -41,8 +48,16 @@ def apply(values: Float32, format: Format, moments: Moments | None = None) -> We
             best, least = (levels, scales), error
     assert best is not None
     if not best[0].any():  # a matrix of zeros
-        return format.pack(values)
-    return format.pack(values, scales=np.concatenate(best[1]), codebook=best[0])
+        return DEFAULTS[format.bits], np.concatenate(base)
+    return best[0], np.concatenate(best[1])
+
+
+def fitted(values: Float32, levels: npt.NDArray[np.int8], group: int, moments: Moments | None) -> Float32:
+    """The scales [rows, groups] of the least error for levels that are given."""
+    chunks, weights = cut(values, moments, group)
+    widest = np.float32(levels[np.abs(levels.astype(np.int16)).argmax()])
+    base = [half(extremes(chunk) / widest) for chunk in chunks]
+    return np.concatenate([s for s, _ in _search(chunks, weights, base, rounding(levels))])
 
 
 def _search(

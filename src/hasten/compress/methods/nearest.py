@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from hasten.compress.methods import Float32, Moments
+from hasten.compress.methods import Float32, Inputs
 from hasten.formats import Format, Weight
+
+NEEDS = "nothing"
 
 
 def supports(format: Format) -> bool:
     return True
 
 
-def apply(values: Float32, format: Format, moments: Moments | None = None) -> Weight:
+def apply(values: Float32, format: Format, inputs: Inputs) -> Weight:
     return format.pack(values)
