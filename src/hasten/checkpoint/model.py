@@ -152,8 +152,7 @@ def open(source: str, weights: bool = True) -> Model:
     config_file = path / "config.json" if path.is_dir() else path
     config = read_object(config_file)
     quantization = quantization_of(path, config) if weights and path.is_dir() else None
-    if quantization is not None:
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config.pop("quantization_config", None)  # of the weights on disk: what is made of them says for itself
     graph = models.build(config)
     directory = config_file.parent
     generation = read_optional_object(directory / "generation_config.json")
