@@ -16,7 +16,7 @@ from hasten.backends.batch import Float32, Int32, Limits, Outputs
 from hasten.backends.cache import KvFormat
 from hasten.compress.statistics import Gatherer, Hidden, Statistics
 from hasten.formats import Weight
-from hasten.graph.graph import Graph
+from hasten.graph.graph import Graph, Node
 from hasten.graph.ops import Linear
 
 Weights = Mapping[str, Weight | Float32]
@@ -101,7 +101,8 @@ def head_input(graph: Graph) -> Graph:
     as a block."""
     tail = graph.tail(len(graph.blocks))
     output = next(node.inputs[0] for node in reversed(tail.nodes) if isinstance(node.op, Linear))
-    needed, nodes = {output}, []
+    needed = {output}
+    nodes: list[Node] = []
     for node in reversed(tail.nodes):
         if needed.intersection(node.outputs):
             needed.update(node.inputs)
