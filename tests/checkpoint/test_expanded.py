@@ -22,6 +22,10 @@ from hasten.graph.structure import LowRank, Narrow, Structure, restructured
 MLP = "model.layers.0.mlp.up_proj.weight"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DEEP = {"num_hidden_layers": 4}
+CONFIGS = {
+    **tiny.CONFIGS,
+    "eight heads": {**tiny.CONFIGS["qwen2"], "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
+}
 CASES: dict[str, tuple[str, Structure]] = {
     "a block dropped": ("llama", Structure((1,))),
     "all but one": ("qwen2", Structure((0, 2, 3))),
@@ -30,6 +34,8 @@ CASES: dict[str, tuple[str, Structure]] = {
     "one head": ("qwen2", Structure(narrowed={1: Narrow(1, 1)})),
     "as many heads on one key head": ("qwen3-bias", Structure(narrowed={1: Narrow(kv_heads=1)})),
     "three heads on one key head": ("llama-tied", Structure(narrowed={1: Narrow(3, 1)})),
+    "a head of each pair": ("llama", Structure(narrowed={1: Narrow(2, 2)})),
+    "three heads on each of two key heads": ("eight heads", Structure(narrowed={0: Narrow(6, 2), 1: Narrow(3, 3)})),
     "a fused tensor": ("phi3", Structure(narrowed={0: Narrow(2, 1, 9), 1: Narrow(feed_forward=20)})),
     "low rank": ("llama", Structure(low_rank={MLP: LowRank(5), QUERY: LowRank(3)})),
     "low rank beside the matrix": ("qwen2", Structure(low_rank={MLP: LowRank(5, True), QUERY: LowRank(3, True)})),
@@ -49,8 +55,8 @@ CASES: dict[str, tuple[str, Structure]] = {
 
 def restructure(path: Path, name: str, structure: Structure) -> Model:
     """An artifact of a tiny model with this structure; weights that it changes are drawn."""
-    config = {**tiny.CONFIGS[name]}
-    if len(tiny.CONFIGS[name].get("layer_types", [])) == 0 and "no_rope_layers" not in config:
+    config = {**CONFIGS[name]}
+    if "layer_types" not in config and "no_rope_layers" not in config:
         config |= DEEP
     original = checkpoint.open(str(making.directory(path / "original", config)))
     graph, rng = restructured(original.graph, structure), np.random.default_rng(1)
