@@ -138,8 +138,10 @@ class Model:
     def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
         """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
         whole = self.structure.then(later, models.build(self.config, self.graph.context))
-        store = Overlay(self._store, new)
-        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
+        store, facts = Overlay(self._store, new), dict(self.facts)
+        if self.kv_formats:
+            facts["kv_formats"] = [self.kv_formats[i] for i in later.kept(len(self.kv_formats))]
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store, facts=facts)
 
 
 def open(source: str, weights: bool = True) -> Model:
