@@ -117,21 +117,26 @@ def test_the_figures_are_those_of_the_artifact(files, tmp_path, monkeypatch) -> 
     assert proof["estimate"] == pytest.approx(ratio - 1, abs=1e-9)
 
 
-def test_the_recipe_in_the_artifact_makes_the_same_weights(files, tmp_path, monkeypatch) -> None:
+def test_the_recipe_in_the_artifact_makes_as_good_a_model(files, tmp_path, monkeypatch) -> None:
+    """The same formats, near the original; not the same bits: `compress` sees each block's inputs as packed blocks
+    before it leave them, the search sees the original's."""
     as_fast(2.0, monkeypatch)
     run(settings(files, tmp_path / "fast", budget="ppl=5%"))
     calibration = tmp_path / "calibration.txt"
-    tokenizer = checkpoint.open(str(files[0])).tokenizer
-    ids = tokenizer.encode(files[1].read_text(), special=False)
-    calibration.write_text(tokenizer.decode(ids[: len(ids) // 4]))
+    original = checkpoint.open(str(files[0]))
+    ids = original.tokenizer.encode(files[1].read_text(), special=False)
+    calibration.write_text(original.tokenizer.decode(ids[: len(ids) // 4]))
     recipe, again = str(tmp_path / "fast" / "recipe.yaml"), tmp_path / "again"
     command = ["compress", str(files[0]), "-o", str(again), "--recipe", recipe, "--calibration", str(calibration)]
     assert main(command) == 0
-    first, second = (checkpoint.open(str(p)).weights() for p in (tmp_path / "fast", again))
-    for name, weight in first.items():
-        if hasattr(weight, "arrays"):
-            for array in weight.arrays:
-                np.testing.assert_array_equal(weight.arrays[array], second[name].arrays[array])
+    first, second = (checkpoint.open(str(p)) for p in (tmp_path / "fast", again))
+    assert first.formats == second.formats
+    windows = [np.asarray(ids[start : start + 256], np.int32) for start in (3000, 3300, 3600)]
+    reference = (original.graph, original.weights())
+    lost = [
+        perplexity.measure(m.graph, m.weights(), windows, reference=reference).kl_divergence for m in (first, second)
+    ]
+    assert 0 < lost[1] < 1.5 * lost[0]
 
 
 def test_nothing_faster(files, tmp_path, monkeypatch, capsys) -> None:
@@ -320,7 +325,7 @@ def test_a_signal_at_the_command_line(files, tmp_path, number, status) -> None:
     command = [sys.executable, "-m", "hasten", "accelerate", str(files[0]), "-o", str(out), "--eval", str(files[1])]
     environment = {**os.environ, "PYTHONPATH": str(Path(flow.__file__).parents[2])}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as running:
-        while not any(work.glob("calibration-*.npz")):
+        while not any(work.glob("calibration-*/statistics.npz")):
             assert running.poll() is None, running.stderr.read()
             time.sleep(0.02)
         time.sleep(0.3)  # the file is there a moment before its entry

@@ -16,7 +16,8 @@ from hasten.cli.main import main
 from hasten.engine import memory
 from hasten.errors import BudgetError, InputError, MemoryLimitError
 from hasten.evaluate import perplexity, tasks
-from hasten.search import cost, speed
+from hasten.search import cap as room
+from hasten.search import cost, job, speed
 from hasten.search.speed import Gain
 
 
@@ -116,8 +117,9 @@ def test_a_target_takes_the_least_loss_that_reaches_it(files, tmp_path, monkeypa
     rated(monkeypatch, lambda share: 100 / (0.2 + 0.8 * share))
     losses = {}
     for goal in (150, 250):
-        outcome, _ = run(settings(files, tmp_path / f"fast{goal}", target=f"decode={goal}tok/s"))
+        outcome, notes = run(settings(files, tmp_path / f"fast{goal}", target=f"decode={goal}tok/s"))
         assert outcome.output is not None, outcome.reason
+        assert not any("timed again" in note for note in notes)
         document = outcome.document
         assert document["after"]["rate"] >= goal
         assert document["budget"]["limit"] is None
@@ -153,6 +155,9 @@ def test_a_memory_cap(files, tmp_path, monkeypatch) -> None:  # noqa: F811
     whole = memory.weight_bytes(original.graph, original.formats) + beside.total
     cap = beside.total + 120_000
     assert cap < whole
+    prepared = job.prepare(settings(files, tmp_path / "o", memory_cap=cap), lambda *a: None, lambda text: None)
+    vectors = sum(4 * s.shape[0] for s in original.graph.weights.values() if not s.is_matrix)
+    assert room.most_bytes(prepared) == 120_000 - vectors
     outcome, notes = run(settings(files, tmp_path / "small", budget="kl=0.5", memory_cap=cap))
     assert outcome.output is not None, outcome.reason
     made = checkpoint.open(str(tmp_path / "small"))

@@ -52,7 +52,8 @@ def test_a_search_enters_once(files, tmp_path, monkeypatch, capsys) -> None:  # 
     as_fast(2.0, monkeypatch)
     outcome, _ = run(settings(files, tmp_path / "fast", budget="ppl=5%", keep_work=True))
     (tmp_path / "fast").rename(tmp_path / "elsewhere")
-    run(settings(files, tmp_path / "fast", budget="ppl=5%"))  # goes on in the same work folder: the same run
+    _, notes = run(settings(files, tmp_path / "fast", budget="ppl=5%"))  # goes on in the same work folder: the same run
+    assert not any("hasten trials" in note for note in notes)
     capsys.readouterr()
     assert main(["trials", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

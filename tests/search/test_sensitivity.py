@@ -32,6 +32,12 @@ def model(**shape):
     return graph, arrays, weights, windows
 
 
+def gathered(graph, weights, windows):
+    """With what every method may ask for."""
+    names = [spec.name for spec in graph.matrices()]
+    return calibrate.calibrate(graph, weights, windows, kv_format="bf16", hessians=names)
+
+
 def log_softmax(logits):
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -90,8 +96,8 @@ def test_where_tensors_stand() -> None:
 
 def test_measures_once_and_estimates_the_rest(tmp_path: Path) -> None:
     graph, arrays, weights, windows = model()
-    statistics = calibrate.calibrate(graph, weights, windows, kv_format="bf16")
-    packer = Packer(weights, arrays.__getitem__, statistics.moments)
+    statistics = gathered(graph, weights, windows)
+    packer = Packer(weights, arrays.__getitem__, statistics.inputs)
     found = tensors(graph, weights)
     plan = Plan(("int4", "int8"), 64)
     limits = feed.window_limits(64, 32)
@@ -120,11 +126,12 @@ def test_measures_once_and_estimates_the_rest(tmp_path: Path) -> None:
 
 
 def test_a_format_that_cannot_hold_a_matrix_is_no_candidate(tmp_path: Path) -> None:
-    graph, arrays, weights, _ = model()
+    graph, arrays, weights, windows = model()
+    statistics = gathered(graph, weights, windows)
     name = "blocks.0.down.weight"
     arrays[name] = arrays[name] * np.float32(1e9)  # int4's scales would pass f16's 65504
     weights[name] = F32.pack(arrays[name])
-    packer = Packer(weights, arrays.__getitem__, {})
+    packer = Packer(weights, arrays.__getitem__, statistics.inputs)
     found = tensors(graph, weights)
     with Trials(tmp_path / "work") as trials:
         errors = sensitivity.errors(found, packer, trials, ["model"], silent)

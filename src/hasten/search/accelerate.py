@@ -17,6 +17,7 @@ import numpy as np
 
 from hasten import checkpoint
 from hasten.bench import peak
+from hasten.bench.latency import Run
 from hasten.compress import calibrate
 from hasten.compress.run import Packer
 from hasten.compress.statistics import Statistics
@@ -67,6 +68,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     job = prepare(settings, report, note, clock)
     domains.check(job)
     settings, most = job.settings, cap.most_bytes(job)
+    before = target.original(job) if job.objective.target else None
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
             note(f"continuing: {trials.count()} measurements of an earlier run are kept in {trials.folder}")
@@ -79,7 +81,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
-        refiner, proof = refine(job, space, packer, sample, finals[0], most, each, trials)
+        refiner, proof = refine(job, space, packer, sample, finals[0], most, each, before, trials)
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
             made = document.make(job, refiner, proof, times, None)
@@ -204,6 +206,7 @@ def refine(
     final: Sample,
     most: int | None,
     each: float,
+    before: Run | None,
     trials: Trials,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
@@ -214,8 +217,8 @@ def refine(
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
     proof = Proof()
     with job.stage("search"):
-        if job.objective.target:
-            target.reach(job, refiner, proof)
+        if before:
+            target.reach(job, refiner, proof, before)
         else:
             refiner.uniforms()
             refiner.search()

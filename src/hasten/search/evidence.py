@@ -9,6 +9,7 @@ from hasten.search import batches, contribution, domains, predict, prove
 from hasten.search.job import CONTENDERS, Job
 from hasten.search.prove import Proof
 from hasten.search.refine import Refiner, Tried
+from hasten.search.schedule import TIMING_SECONDS
 from hasten.search.trials import Trials
 
 Json = dict[str, Any]
@@ -27,6 +28,7 @@ class Evidence:
 def gather(job: Job, refiner: Refiner, proof: Proof, chosen: Tried, each: float, trials: Trials) -> Evidence:
     """As much as there is time for. `each`: seconds that the original takes for a token."""
     found, weights = Evidence(), refiner.model(chosen.choices)
+    refiner.enough_time = lambda: job.clock.left() > refiner.slowest + TIMING_SECONDS
     with job.stage("what bought what"):
         found.contributions = [c.json() for c in contribution.contributions(refiner, chosen)]
     with job.stage("another domain"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hasten.bench.latency import Run
 from hasten.errors import BudgetError
 from hasten.search import predict, prove, speed
 from hasten.search.job import Job
@@ -17,20 +18,36 @@ MARGIN = 1.015
 """Aimed at beyond the target: times vary."""
 
 
-def reach(job: Job, refiner: Refiner, proof: Proof) -> None:
-    """Candidates around the target, measured and timed: in `refiner.tried` and `proof.speeds`.
-
-    Raises BudgetError where the original is fast enough. Where nothing is, the fastest there is will have been timed.
-    """
-    target, space = job.objective.target, refiner.space
+def original(job: Job) -> Run:
+    """The original's run. Raises BudgetError where it is fast enough already."""
+    target = job.objective.target
     assert target
-    run, _ = prove.compare(job, refiner, [], prove.ROUNDS)
+    with job.stage("timing"):
+        run, _ = speed.compare(
+            job.graph,
+            job.original,
+            [],
+            objective=job.objective,
+            threads=job.threads,
+            rounds=prove.ROUNDS,
+            report=job.report,
+        )
     own = speed.rate(run, job.objective)
     if own >= target.rate and job.original_allowed:
         raise BudgetError(
             f"the original reaches the target {target} already: it makes {own:,.1f} tokens a second",
             "state a higher target, or a budget without one",
         )
+    return run
+
+
+def reach(job: Job, refiner: Refiner, proof: Proof, run: Run) -> None:
+    """Candidates around the target, measured and timed: in `refiner.tried` and `proof.speeds`.
+
+    `run`: the original's. Where nothing reaches the target, the fastest there is will have been timed.
+    """
+    target, space = job.objective.target, refiner.space
+    assert target
     whole, cost = predict.seconds(run, job.objective), space.cost(space.original)
     aim = predict.seconds_at(target.rate * MARGIN, job.objective)
     scale = 1.0  # seconds of a whole step for one of its matrices timed alone: as the last candidate showed
