@@ -83,7 +83,7 @@ def test_what_was_decided_stays_decided(files, tmp_path, monkeypatch) -> None:  
 
 def test_fewer_formats_where_packing_takes_long(files, tmp_path, monkeypatch) -> None:  # noqa: F811
     as_fast(2.0, monkeypatch)
-    monkeypatch.setattr(schedule, "CORE", ("int8-g64",))
+    monkeypatch.setattr(schedule, "FEWEST", ("int8-g64",))
     real = schedule.time
 
     class Slow:

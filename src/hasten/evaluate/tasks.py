@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.backends.batch import Batch, Float32, Int32, Limits
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.errors import InputError
 from hasten.formats import Weight
@@ -230,7 +231,7 @@ def _choose(
     graph: Graph,
     weights: Weights,
     questions: Sequence[Question],
-    kv_format: str,
+    kv_format: KvFormat,
     threads: int,
     report: Report | None,
 ) -> list[bool]:
@@ -278,7 +279,7 @@ def _program(
     weights: Weights,
     questions: Sequence[Question],
     steps: Sequence[Sequence[Part]],
-    kv_format: str,
+    kv_format: KvFormat,
     threads: int,
 ) -> Any:
     from hasten.backends import native
@@ -337,7 +338,7 @@ def _write(
     weights: Weights,
     task: Task,
     questions: Sequence[Question],
-    kv_format: str,
+    kv_format: KvFormat,
     threads: int,
     report: Report | None,
 ) -> list[bool]:
