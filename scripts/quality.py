@@ -3,9 +3,10 @@
 
     python scripts/quality.py MODEL --own int4-g32:clip,int4-g32:gptq --types Q4_0,Q4_K --output build/quality
 
-Every candidate is measured against its own engine's original: perplexity and KL divergence on the same windows of text.
-llama.cpp reads the GGUF that hasten writes (f16) and quantises it itself: "+imatrix" after a type's name stands for its
-importance matrix, made by its tool of the same calibration text, ":pure" for head and embedding of that type too. Bytes are those of all matrices, head included.
+Every candidate is measured against its own engine's original: perplexity and KL divergence on the same windows of
+text. llama.cpp reads the GGUF that hasten writes (f16) and quantises it itself: "+imatrix" after a type's name stands
+for its importance matrix, made by its tool of the same calibration text, ":pure" for head and embedding of that type
+too. Bytes are those of all matrices, head included.
 """
 
 from __future__ import annotations

@@ -4,45 +4,21 @@
 // an empty cache, visible products only, share of the float32 multiply-add peak.
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
-#include <ctime>
-#include <new>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "bench.h"
 #include "isa/dispatch.h"
 
 using namespace hasten;
+using namespace hasten::bench;
 
 namespace {
 
 constexpr int64_t kBlock = 32, kQueryTile = 32;
-
-struct Memory {
-  explicit Memory(int64_t bytes) : data(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)))) {
-    std::memset(data, 0x11, static_cast<size_t>(bytes));   // small numbers in every format
-  }
-  ~Memory() { ::operator delete(data, std::align_val_t(64)); }
-  Memory(const Memory&) = delete;
-  float* floats() const { return reinterpret_cast<float*>(data); }
-  std::byte* data;
-};
-
-// Processor time of this thread: other work on the machine slows it by cache and memory, not by waiting.
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-template <typename Call>
-double seconds_of(Call call) {
-  const double start = now();
-  call();
-  return now() - start;
-}
+constexpr int kFill = 0x11;   // small numbers in every format
 
 struct Shape { int64_t heads, kv_heads, head_dim; };
 
@@ -50,14 +26,14 @@ struct Shape { int64_t heads, kv_heads, head_dim; };
 struct Bench {
   Bench(const Kernels& k, const Shape& s, KvKind kind, int64_t depth, int64_t tokens, int64_t copies)
       : kernels(k), blocks((depth + kBlock - 1) / kBlock), layer(KvLayer{kind, {}, {}, s.kv_heads, s.head_dim, kBlock}),
-        bytes(blocks * s.kv_heads * layer.head_bytes()), keys(bytes * copies), values(bytes * copies),
-        q(4 * tokens * s.heads * s.head_dim), out(4 * tokens * s.heads * s.head_dim), positions(tokens), table(blocks) {
+        bytes(blocks * s.kv_heads * layer.head_bytes()), keys(bytes * copies, kFill), values(bytes * copies, kFill),
+        q(4 * tokens * s.heads * s.head_dim, kFill), out(4 * tokens * s.heads * s.head_dim, kFill), positions(tokens), table(blocks) {
     std::iota(table.begin(), table.end(), 0);
     std::shuffle(table.begin(), table.end(), std::mt19937(1));
     for (int64_t i = 0; i < tokens; ++i) positions[i] = static_cast<int32_t>(depth - tokens + i);
     starts[1] = static_cast<int32_t>(tokens);
-    a.q = q.floats();
-    a.out = out.floats();
+    a.q = q.as<float>();
+    a.out = out.as<float>();
     a.q_stride = a.out_stride = s.heads * s.head_dim;
     a.heads = s.heads;
     a.scale = 0.125f;
@@ -133,9 +109,10 @@ int main(int argc, char** argv) {
   }
   // bf16_peak is float32's multiply-adds, but where there is an instruction for bf16.
   const Kernels& peak = isa.starts_with("avx512_bf16") ? *kernels_for("avx512") : *kernels;
-  const std::pair<const char*, KvKind> kinds[] = {{
-      {"f32", KvKind::f32}, {"bf16", KvKind::bf16}, {"int8", KvKind::int8}, {"int4", KvKind::int4}};
-  for (const Shape& s : {Shape{14, 2, 64}, Shape{32, 4, 64}})
+  const std::pair<const char*, KvKind> kinds[] = {
+      {"f32", KvKind::f32}, {"bf16", KvKind::bf16}, {"int8", KvKind::int8}, {"int4", KvKind::int4},
+  };
+  for (const Shape& s : {Shape{14, 2, 64}, Shape{32, 4, 64}, Shape{8, 8, 64}})
     for (const auto& [name, kind] : kinds) {
       std::printf("%s %lld/%lld x %lld %-5s decode", isa.c_str(), static_cast<long long>(s.heads),
                   static_cast<long long>(s.kv_heads), static_cast<long long>(s.head_dim), name);

@@ -5,40 +5,16 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <ctime>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "bench.h"
 #include "isa/dispatch.h"
 
 using namespace hasten;
+using namespace hasten::bench;
 
 namespace {
-
-struct Memory {
-  explicit Memory(int64_t bytes) : data(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)))) {
-    std::memset(data, 0x55, static_cast<size_t>(bytes));
-  }
-  ~Memory() { ::operator delete(data, std::align_val_t(64)); }
-  Memory(const Memory&) = delete;
-  std::byte* data;
-};
-
-// Processor time of this thread: other work on the machine slows it by cache and memory, not by waiting.
-double now() {
-  timespec t;
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
-
-template <typename Call>
-double seconds_of(Call call) {
-  const double start = now();
-  call();
-  return now() - start;
-}
 
 struct Case {
   const char* name;
@@ -47,6 +23,7 @@ struct Case {
 };
 
 constexpr int64_t kMost = 512;
+constexpr int kFill = 0x55;
 
 // One copy of the weights and of what they meet, with room for kMost tokens.
 struct Subject {
@@ -58,9 +35,9 @@ struct Subject {
   Subject(const Kernels& k_, const Case& c_, int64_t rows_, int64_t columns_)
       : k(k_), c(c_), rows(rows_), columns(columns_), groups(shape().groups()), bytes(shape().panels() * shape().panel_bytes()),
         scale_bytes(round_up(rows, 16) * groups * 2), copies((100'000'000 + bytes) / bytes),
-        stride(activation_stride(columns, c.group ? 1 : 4)), weights(bytes * copies), scales(scale_bytes * copies + 64),
-        x(kMost * stride * 4 + 4096), x_scales(kMost * (columns / 32 + 1) * 4), x_sums(kMost * (columns / 32 + 1) * 4),
-        out(kMost * rows * 4), own(k.matmul_scratch(shape(), kMost) + 64) {}
+        stride(activation_stride(columns, c.group ? 1 : 4)), weights(bytes * copies, kFill), scales(scale_bytes * copies + 64, kFill),
+        x(kMost * stride * 4 + 4096, kFill), x_scales(kMost * (columns / 32 + 1) * 4, kFill), x_sums(kMost * (columns / 32 + 1) * 4, kFill),
+        out(kMost * rows * 4, kFill), own(k.matmul_scratch(shape(), kMost) + 64, kFill) {}
 
   Weight shape() const { return {c.kind, rows, columns, c.group, nullptr, nullptr, nullptr}; }
 

@@ -73,6 +73,18 @@ inline __m512i cvtepu16_epi32(__m256i v) {
   for (int i = 0; i < 16; ++i) w.at[i] = h.at[i];
   return of_words(w);
 }
+inline __m512i cvtepi8_epi32(__m128i v) {
+  const auto b = bits<Lanes<int8_t, 16>>(v);
+  Words w;
+  for (int i = 0; i < 16; ++i) w.at[i] = b.at[i];
+  return of_words(w);
+}
+inline __m128i maskz_loadu_epi8(__mmask16 mask, const void* p) {
+  Lanes<int8_t, 16> b{};
+  for (int i = 0; i < 16; ++i)
+    if (mask >> i & 1) b.at[i] = static_cast<const int8_t*>(p)[i];
+  return bits<__m128i>(b);
+}
 inline __m512 cvtepi32_ps(__m512i v) {
   const Words w = bits<Words>(v);
   Floats f;
@@ -137,6 +149,8 @@ inline __m512i expand(uint64_t mask, __m512i v) {
 #undef _mm512_cvtps_pd
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi8_epi32
+#undef _mm_maskz_loadu_epi8
 #undef _mm512_cvtepi32_ps
 #undef _mm256_maskz_loadu_epi16
 #undef _mm256_mask_storeu_epi16
@@ -153,6 +167,8 @@ inline __m512i expand(uint64_t mask, __m512i v) {
 #define _mm512_cvtps_pd emulated::cvtps_pd
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm_maskz_loadu_epi8 emulated::maskz_loadu_epi8
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm256_maskz_loadu_epi16 emulated::maskz_loadu_epi16
 #define _mm256_mask_storeu_epi16 emulated::mask_storeu_epi16

@@ -86,6 +86,7 @@ class Made:
         path.mkdir()
         self.tensors = making.tensors(config, "F16")
         self.expected: dict[str, Array] = {}
+        self.stored = np.zeros(0, np.float32)
         self.rng = np.random.default_rng(5)
 
     def quantise(self, bits: int, group: int, symmetric: bool, act_order: bool, write: Any, source: str = "") -> None:
@@ -144,6 +145,7 @@ def test_the_methods_are_the_files() -> None:
         (4, 32, False, False, False, "int8-g32"),
         (4, 32, False, True, False, "int8-g32"),
         (4, 32, True, False, True, "f16"),
+        (4, 32, False, False, True, "f16"),
         (3, 32, True, False, False, "int3-g32"),
         (3, 64, False, False, False, "int4-g64"),
         (2, 32, True, False, False, "codebook2-g32"),
@@ -230,6 +232,7 @@ def scheme(bits: int, group: int, symmetric: bool, **fields: Any) -> dict[str, A
         (4, -1, True, False, "int4-g{columns}"),
         (4, 64, False, False, "int8-g64"),
         (4, 32, True, True, "f16"),
+        (4, 32, False, True, "f16"),
         (3, 32, True, False, "int3-g32"),
         (8, 32, True, False, "f16"),
     ],
@@ -243,6 +246,28 @@ def test_compressed_tensors(
         lambda c, z, s, g: packed(c, None if symmetric else z, s, bits, g if act_order else None),
     )  # fmt: skip
     made.check(made.open(), format)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "format"),
+    [("F32", 1.0, "int4-g32"), ("F32", 1.0001, "f32"), ("BF16", 1.0, "int4-g32"), ("BF16", 2.0**-20, "bf16")],
+)
+def test_scales_that_f16_does_not_hold(tmp_path: Path, dtype: str, factor: float, format: str) -> None:
+    """Those that it does hold make the integer format, whatever type they are stored in."""
+    made = Made(tmp_path / "m", scheme(4, 32, True))
+
+    def write(codes: Array, zeros: Array, scales: Array, group_of: Array) -> dict[str, Any]:
+        stored = making.encoded((scales.astype(np.float32) * np.float32(factor)), dtype)
+        made.stored = making.decoded(stored, dtype)
+        return {**packed(codes, None, scales, 4, None), "weight_scale": (dtype, stored)}
+
+    made.quantise(4, 32, True, False, write, "layers.0.mlp.up_proj")
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = made.tensors["model.layers.0.mlp.up_proj.weight_packed"][1].view(np.uint8)
+    levels = np.stack((codes & 15, codes >> 4), axis=2).reshape(len(codes), -1).astype(np.float32) - 8
+    model = made.open()
+    assert model.formats[name] == format
+    np.testing.assert_array_equal(model.tensor(name), levels * np.repeat(made.stored, 32, axis=1))
 
 
 @pytest.mark.parametrize("by", ["channel", "tensor", "group"])

@@ -14,6 +14,7 @@ import yaml
 from hasten import LLM, SamplingParams, checkpoint
 from hasten.backends import reference
 from hasten.cli import compress
+from hasten.compress import restructure, structure_recipe
 from hasten.compress.recipe import parse
 from hasten.errors import InputError
 from hasten.evaluate import perplexity
@@ -213,3 +214,17 @@ def test_a_restructured_artifact_is_restructured_again(original: Path, tmp_path:
     (tmp_path / "r.yaml").write_text(recipe({"drop_blocks": [0]}))
     with pytest.raises(InputError, match="names block 0; the model has blocks 1 to 2"):
         compress.run(compress.Options(str(source), tmp_path / "x", tmp_path / "r.yaml"))
+
+
+def test_a_cache_of_several_formats_loses_the_layers_that_go(original: Path, tmp_path: Path) -> None:
+    model = checkpoint.open(str(original))
+    kept = {name: model.weight(name) for name in model.graph.weights}
+    mixed = checkpoint.write_artifact(tmp_path / "mixed", model, kept, {}, {}, ("int8", "bf16", "f32"))
+    opened = checkpoint.open(str(mixed))
+    plan = structure_recipe.parse({"drop_blocks": {"count": 1}, "feed_forward": {"keep": 64}})
+    run = restructure.Run([np.arange(40, dtype=np.int32)], opened.kv_formats)
+    made, weights = restructure.compress(opened, plan.plan(opened.graph, opened.structure), {}, run, tmp_path / "work")
+    (gone,) = made.structure.dropped
+    assert made.kv_formats == tuple(f for i, f in enumerate(("int8", "bf16", "f32")) if i != gone)
+    written = checkpoint.write_artifact(tmp_path / "out", made, weights, {}, {}, made.kv_formats)
+    assert len(LLM(written, context=64).generate(["abc"])) == 1

@@ -60,6 +60,10 @@ def test_every_code_is_the_nearest(name, learned, given):
         values = kept
     distance = np.abs(values[..., None] - scales[..., None] * levels_of(fmt, parameters)).min(axis=-1)
     assert np.abs(values - weight.dense().astype(np.float64)) == pytest.approx(distance, abs=1e-6)
+    levels = fmt.levels(weight)
+    assert levels.dtype == np.int8
+    assert np.isin(levels, levels_of(fmt, parameters)).all()
+    assert np.array_equal(levels * scales, weight.dense())
 
 
 @pytest.mark.parametrize("name", GROUPED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,8 @@ class Grid:
     group: int
     dense: str
     group_of: npt.NDArray[np.int64] | None = None
+    decided: str | None = None
+    """`format`, where it has been found out before: to find it may take reading all levels."""
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -53,6 +55,8 @@ class Grid:
     @cached_property
     def format(self) -> str:
         """The smallest of our formats that holds every value as it is, else `dense`."""
+        if self.decided is not None:
+            return self.decided
         group = self._group()
         with np.errstate(over="ignore", under="ignore"):
             half = self.scales.astype(np.float16).astype(np.float32)
@@ -97,16 +101,11 @@ class Grid:
         if rows is None:
             return self
         first, last = rows
-        return Grid(
-            self.name,
-            (last - first, self.shape[1]),
-            lambda: self.levels()[first:last],
-            self.low,
-            self.high,
-            self.scales[first:last],
-            self.group,
-            self.dense,
-            self.group_of,
+        return replace(
+            self,
+            shape=(last - first, self.shape[1]),
+            levels=lambda: self.levels()[first:last],
+            scales=self.scales[first:last],
         )
 
     def values(self) -> Float32:
@@ -151,8 +150,4 @@ def levels_of(weight: Weight) -> tuple[npt.NDArray[np.int8], Float32]:
     Only for formats with group scales.
     """
     assert isinstance(weight.format, Grouped), weight.format.name
-    scales = weight.format.scales(weight)
-    divisor = np.repeat(np.where(scales == 0, np.float32(1), scales), weight.format.group, axis=1)
-    levels = weight.dense()
-    levels /= divisor[:, : weight.shape[1]]
-    return np.rint(levels).astype(np.int8), scales
+    return weight.format.levels(weight), weight.format.scales(weight)

@@ -133,8 +133,10 @@ class Model:
     def departing(self, later: Structure, new: Mapping[str, Weight | Float32]) -> Model:
         """This model with its graph changed further, and `new` weights where they differ. Raises ConfigError."""
         whole = self.structure.then(later, models.build(self.config, self.graph.context))
-        store = Overlay(self._store, new)
-        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store)
+        store, facts = Overlay(self._store, new), dict(self.facts)
+        if self.kv_formats:
+            facts["kv_formats"] = [self.kv_formats[i] for i in later.kept(len(self.kv_formats))]
+        return replace(self, graph=restructured(self.graph, later), structure=whole, store=store, facts=facts)
 
 
 def open(source: str, weights: bool = True) -> Model:
@@ -150,8 +152,7 @@ def open(source: str, weights: bool = True) -> Model:
     config_file = path / "config.json" if path.is_dir() else path
     config = read_object(config_file)
     quantization = quantization_of(path, config) if weights and path.is_dir() else None
-    if quantization is not None:
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config.pop("quantization_config", None)  # of the weights on disk: what is made of them says for itself
     graph = models.build(config)
     directory = config_file.parent
     generation = read_optional_object(directory / "generation_config.json")

@@ -165,7 +165,7 @@ def _fill(
     }
     document = {
         "format_version": RESTRUCTURED if model.structure else VERSION,
-        "hasten": metadata.version("hasten") if _installed() else "source",
+        "hasten": made_by(),
         "source": model.source,
         "dtype": model.dtype,
         "blocks": block_shapes(model.graph),
@@ -178,12 +178,12 @@ def _fill(
     _sync(staging)
 
 
-def _installed() -> bool:
+def made_by() -> str:
+    """The version of hasten that is installed, or "source"."""
     try:
-        metadata.version("hasten")
+        return metadata.version("hasten")
     except metadata.PackageNotFoundError:
-        return False
-    return True
+        return "source"
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -38,7 +38,7 @@ class Options:
 
 def run(options: Options) -> int:
     from hasten import checkpoint
-    from hasten.compress import recipe, restructure
+    from hasten.compress import folds, recipe, restructure
     from hasten.engine import memory
     from hasten.engine.llm import DEFAULT_CONTEXT
     from hasten.search import document
@@ -49,10 +49,15 @@ def run(options: Options) -> int:
     model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it
     plan = wanted.structure.plan(model.graph, model.structure) if wanted.structure else None
     choices = wanted.assign(plan.names if plan else [m.name for m in model.graph.matrices()])
-    text = windows(options, model, choices, plan is not None and plan.calibrated)
-    how = restructure.Run(text, memory.kv_format(model.formats.values(), own=model.kv_formats), options.threads)
-    memory.require(predict(how.task(model, choices), plan), memory.memory()[1])
+    needed = (plan is not None and plan.calibrated) or any(folds.get(n).NEEDS != "nothing" for n in wanted.folds)
+    text = windows(options, model, choices, needed)
+    how = restructure.Run(
+        text, memory.kv_format(model.formats.values(), own=model.kv_formats), options.threads, folds=wanted.folds
+    )
+    turned = any(folds.get(name).WHOLE for name in wanted.folds)
+    memory.require(predict(how.task(model, choices), plan, turned), memory.memory()[1])
     facts = {**document.recipe(choices), **({"structure": wanted.structure.document} if wanted.structure else {})}
+    facts |= {"fold": list(wanted.folds)} if wanted.folds else {}
     before = model.bytes_on_disk
     work = options.output.absolute().with_name(options.output.absolute().name + ".work")
     try:
@@ -89,10 +94,10 @@ def windows(options: Options, model: Model, choices: Mapping[str, Choice], alway
     return found
 
 
-def predict(task: Task, plan: Plan | None = None) -> Prediction:
+def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Prediction:
     """What `compress` takes: a block as it is and packed, the hidden states before and after it, and its statistics.
 
-    With a plan all matrices that are new are held, too, and what goes into them.
+    With a plan all matrices that are new are held, too, and what goes into them; `turned` whole, all are in float32.
     """
     from hasten import formats
     from hasten.compress import calibrate, restructure, stream
@@ -124,6 +129,8 @@ def predict(task: Task, plan: Plan | None = None) -> Prediction:
         gathered = sum(12 * w * w + 8 * rows * w for w in second)
         made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
         weights, working = max(weights, own), max(working, gathered, made)
+    if turned:
+        weights += 4 * graph.parameters()
     if plan:
         weights += restructure.new_bytes(task.model, plan)
         working = max(working, restructure.working(task.model, plan))

@@ -36,6 +36,8 @@ def run(options: Options) -> None:
     with reporter() as report:
         written = export.export(model, options.to, options.output, chosen, report)
     notes = [*model.notes, *written.notes]
+    if model.kv_formats:
+        notes.append("the choice of a cache format for each layer stays behind: it is hasten's own")
     if options.json:
         facts = {"output": str(options.output), "target": options.to, "bytes": written.nbytes}
         print(json_module.dumps({**facts, "types": dict(written.types), "notes": notes}, indent=1))

@@ -8,7 +8,7 @@
         format: int8-g64
 
 Matrices that no rule matches stay as they are. Another key, `structure`, changes the model's shape
-(structure_recipe.py).
+(structure_recipe.py), and `fold: [awq]` names what is folded into the weights before they are packed (folds/).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Rule:
 class Recipe:
     rules: tuple[Rule, ...]
     structure: StructureRecipe | None = None
+    folds: tuple[str, ...] = ()
 
     def assign(self, names: Sequence[str]) -> dict[str, Choice]:
         """Tensor name -> choice, by the first rule that matches.
@@ -103,16 +104,19 @@ def parse(text: str) -> Recipe:
         raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
     if not isinstance(document, dict) or not ("tensors" in document or "structure" in document):
         raise InputError("a recipe is a mapping with the key 'tensors', or 'structure', or both", EXAMPLE)
-    unknown = [key for key in document if key not in ("tensors", "structure")]
+    unknown = [key for key in document if key not in ("tensors", "structure", "fold")]
     if unknown:
-        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors and structure")
+        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors, structure and fold")
+    named = document.get("fold", [])
+    if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or len(set(named)) < len(named):
+        raise InputError(f"'fold' is {named!r}, must be a list of different names", "write fold: [awq]")
     structure = structure_recipe.parse(document["structure"]) if "structure" in document else None
     if "tensors" not in document:
-        return Recipe((), structure)
+        return Recipe((), structure, tuple(named))
     rules = document["tensors"]
     if not isinstance(rules, list) or not rules:
         raise InputError("'tensors' must be a list of rules, at least one", EXAMPLE)
-    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure)
+    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure, tuple(named))
 
 
 def _rule(rule: Any, number: int) -> Rule:

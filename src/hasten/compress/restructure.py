@@ -17,7 +17,7 @@ from hasten import formats
 from hasten.backends.batch import Int32, Limits
 from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model
-from hasten.compress import calibrate, stream
+from hasten.compress import calibrate, folds, stream
 from hasten.compress.calibrate import Report, Weights
 from hasten.compress.recipe import KEEP, Choice
 from hasten.compress.statistics import Statistics
@@ -44,15 +44,23 @@ class Run:
     kv_format: KvFormat
     threads: int = 0
     report: Report | None = None
+    folds: tuple[str, ...] = ()
+
+    @property
+    def cache(self) -> str:
+        """The cache's format while shapes change: where layers have formats of their own, bf16 stands for them all."""
+        return self.kv_format if isinstance(self.kv_format, str) else "bf16"
 
     @property
     def limits(self) -> Limits:
-        return calibrate.limits_for(self.windows, self.kv_format, self.threads)
+        return calibrate.limits_for(self.windows, self.cache, self.threads)
 
     def task(self, model: Model, choices: Mapping[str, Choice]) -> Task:
         """The packing of what `model` has; a matrix that `choices` does not name stays as it is."""
         own = {m.name: choices.get(m.name, KEEP) for m in model.graph.matrices()}
-        return Task(model, own, self.windows, self.kv_format, self.threads)
+        by_block = tuple(name for name in self.folds if not folds.get(name).WHOLE)
+        own_cache = self.kv_format if isinstance(self.kv_format, str) else model.kv_formats
+        return Task(model, own, self.windows, own_cache, self.threads, by_block)
 
 
 def compress(
@@ -62,6 +70,7 @@ def compress(
 
     Raises InputError for a plan that `choices` make meaningless, and what apply, correct and stream.compress raise.
     """
+    model = stream.turned(model, [name for name in run.folds if folds.get(name).WHOLE], choices)
     if plan:
         _check(plan, choices)
         model = apply(model, plan, run)
@@ -110,7 +119,7 @@ def apply(model: Model, plan: Plan, run: Run) -> Model:
     dropped = plan.dropped
     if plan.count:
         weights = model.weights(run.report)
-        options = {"kv_format": run.kv_format, "threads": run.threads, "report": run.report}
+        options = {"kv_format": run.cache, "threads": run.threads, "report": run.report}
         dropped = tuple(blocks.choose(model.graph, weights, run.windows, plan.count, plan.by, **options))  # type: ignore[arg-type]
     count = len(model.graph.blocks)
     if dropped:

@@ -22,7 +22,7 @@ from hasten.backends.batch import Float32, Int32, Limits
 from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model, files, safetensors
 from hasten.checkpoint.write import stored_arrays
-from hasten.compress import calibrate, methods
+from hasten.compress import calibrate, folds, methods
 from hasten.compress.calibrate import Report
 from hasten.compress.methods import Inputs
 from hasten.compress.recipe import Choice
@@ -31,8 +31,11 @@ from hasten.compress.statistics import Hidden, Statistics
 from hasten.errors import CheckpointError, FormatError, OutputError
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
+from hasten.graph.structure import Structure
 
-VERSION = 1
+New = dict[str, Weight | Float32]
+
+VERSION = 2
 """Of what a work folder holds."""
 COPIES = 10
 """Float32 copies of the largest matrix that a method holds at once, its working space included."""
@@ -47,6 +50,8 @@ class Task:
     windows: Sequence[Int32]
     kv_format: KvFormat
     threads: int = 0
+    folds: tuple[str, ...] = ()
+    """What is folded into each block's weights before they are packed (compress/folds)."""
 
     def limits(self) -> Limits:
         return calibrate.limits_for(self.windows, self.kv_format, self.threads)
@@ -58,10 +63,20 @@ class Task:
             "model": files.fingerprint(self.model.path),
             "structure": self.model.structure.json(),
             "context": self.model.graph.context,
+            "folds": list(self.folds),
             "choices": {name: list(asdict(c).values()) for name, c in self.choices.items()},
             "windows": hashlib.sha256(b"".join(w.tobytes() + b"|" for w in self.windows)).hexdigest(),
             "kv_format": self.kv_format if isinstance(self.kv_format, str) else list(self.kv_format),
         }
+
+
+def turned(model: Model, names: Sequence[str], choices: Mapping[str, Choice]) -> Model:
+    """The model with what `names` says folded into all of it at once; held in float32, in memory."""
+    for name in names:
+        found = folds.get(name).fold(model.graph, model.tensor, lambda _: None, choices)
+        pack = formats.get("f32").pack
+        model = model.departing(Structure(), {n: pack(v) if v.ndim == 2 else v for n, v in found.items()})
+    return model
 
 
 def compress(task: Task, folder: Path, report: Report | None = None) -> dict[str, Weight | Float32]:
@@ -97,6 +112,10 @@ def _section(
     own = {name: task.model.weight(name) for name in section.weights}
     statistics = Statistics(tokens=sum(len(w) for w in task.windows))
     wanted = [name for name in section.weights if asked.get(name) == "hessian"]
+    changed: dict[str, Weight | Float32] = {}
+    if not last and task.folds:
+        changed = _folded(task, section, own, hidden)
+        own |= changed
     if hidden is not None and any(asked.get(name, "nothing") != "nothing" for name in section.weights):
         through = calibrate.head_input(graph) if last else section
         readers = calibrate.linear_inputs(section)
@@ -104,7 +123,13 @@ def _section(
     mine = [spec.name for spec in section.matrices()]
     if last:  # tables that no section multiplies by: embeddings apart from the head
         mine += [s.name for s in graph.matrices() if s.name not in mine and not _in_block(graph, s.name)]
-    packed = {n: pack(task, n, statistics.inputs(n)) for n in mine if not task.choices[n].is_original}
+    packed: dict[str, Weight | Float32] = {
+        n: w for n, w in changed.items() if n not in mine or task.choices[n].is_original
+    }
+    for name in mine:
+        if not task.choices[name].is_original:
+            values = dense(changed[name]) if name in changed else task.model.tensor(name)
+            packed[name] = pack(task, name, values, statistics.inputs(name))
     if hidden is not None and not last:
         hidden = calibrate.run(section, own | packed, task.windows, hidden, task.limits())
         work.keep_hidden(index + 1, hidden)
@@ -112,14 +137,41 @@ def _section(
     return hidden
 
 
-def pack(task: Task, name: str, inputs: Inputs | None) -> Weight:
+def _folded(task: Task, section: Graph, own: Mapping[str, Weight | Float32], hidden: Hidden | None) -> New:
+    """The weights of a block that folding changes, one fold after another, each with the inputs that the last leaves.
+
+    Matrices that are to be packed are float32 until they are, others of the model's own format.
+    """
+    changed: New = {}
+    for name in task.folds:
+        now = {**own, **changed}
+        fold, seen = folds.get(name), Statistics(tokens=sum(len(w) for w in task.windows))
+        if fold.NEEDS != "nothing" and hidden is not None:
+            wanted = list(section.weights) if fold.NEEDS == "hessian" else []
+            calibrate.gather(section, now, task.windows, hidden, task.limits(), seen, wanted)
+        found = fold.fold(section, lambda n, now=now: dense(now[n]), seen.inputs, task.choices)  # type: ignore[misc]
+        for weight, values in found.items():
+            if values.ndim == 2:
+                kept = task.choices[weight].is_original
+                changed[weight] = formats.get(task.model.dtype if kept else "f32").pack(values)
+            else:
+                changed[weight] = values
+    return changed
+
+
+def dense(weight: Weight | Float32) -> Float32:
+    """float32 [out, in] or [n]."""
+    return weight.dense() if isinstance(weight, Weight) else weight
+
+
+def pack(task: Task, name: str, values: Float32, inputs: Inputs | None) -> Weight:
     """One matrix as its choice says. A table that is only looked up has no inputs: its method needs none."""
     choice, format = task.choices[name], formats.get(task.choices[name].format)
     method = choice.method
     if inputs is None and methods.get(method).NEEDS == "hessian":
         method = methods.best_for(format, hessian=False)
     try:
-        return methods.apply(method, task.model.tensor(name), format, inputs or methods.NOTHING)
+        return methods.apply(method, values, format, inputs or methods.NOTHING)
     except FormatError as error:
         raise FormatError(f"{name}: {error.message}", error.hint) from None
 
@@ -163,7 +215,7 @@ class Work:
     def has(self, index: int) -> bool:
         return self._section(index).exists()
 
-    def keep(self, index: int, packed: Mapping[str, Weight]) -> None:
+    def keep(self, index: int, packed: Mapping[str, Weight | Float32]) -> None:
         arrays: dict[str, Any] = {}
         for name, weight in packed.items():
             arrays |= stored_arrays(name, weight)
@@ -176,18 +228,21 @@ class Work:
             part.unlink(missing_ok=True)
             raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
 
-    def packed(self, index: int, task: Task) -> dict[str, Weight]:
+    def packed(self, index: int, task: Task) -> dict[str, Weight | Float32]:
         """What `keep` kept, mapped."""
         file = safetensors.File(self._section(index))
-        found = {}
-        for spec in task.model.graph.matrices():
-            choice = task.choices[spec.name]
-            if choice.is_original:
+        found: dict[str, Weight | Float32] = {}
+        for spec in task.model.graph.weights.values():
+            if not spec.is_matrix:
+                if spec.name in file.tensors:
+                    found[spec.name] = file.array(spec.name)
                 continue
-            format = formats.get(choice.format)
-            arrays = {part: f"{spec.name}.{part}" for part in format.array_specs(*spec.shape)}
+            choice = task.choices[spec.name]
+            format = formats.get(task.model.dtype if choice.is_original else choice.format)
+            shape = (spec.shape[0], spec.shape[1])
+            arrays = {part: f"{spec.name}.{part}" for part in format.array_specs(*shape)}
             if all(n in file.tensors for n in arrays.values()):
-                found[spec.name] = format.load({p: file.array(n) for p, n in arrays.items()}, spec.shape)  # type: ignore[arg-type]
+                found[spec.name] = format.load({p: file.array(n) for p, n in arrays.items()}, shape)
         return found
 
     def keep_hidden(self, index: int, hidden: Hidden) -> None:

@@ -45,6 +45,17 @@ class Grouped(Format):
         by_row = weight.arrays["scales"].swapaxes(1, 2).reshape(-1, self.groups(weight.shape[1]))
         return by_row[: weight.shape[0]].astype(np.float32)
 
+    def levels(self, weight: Weight) -> npt.NDArray[np.int8]:
+        """What scales multiply: int8 [rows, columns]."""
+        rows, columns = weight.shape
+        out = np.empty((rows, columns), np.int8)
+        levels = self._levels(weight.arrays).astype(np.int8)
+        for panel0, panel1 in panel_chunks(rows, columns):
+            first, last = panel0 * PANEL, min(panel1 * PANEL, rows)
+            codes = self._unpack(weight.arrays["codes"][panel0:panel1])
+            out[first:last] = levels[codes[: last - first, :columns]]
+        return out
+
     def dense(self, weight: Weight) -> Float32:
         rows, columns = weight.shape
         out = np.empty((rows, columns), np.float32)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from hasten.backends.host import cache_folder
+from hasten.checkpoint.write import made_by
 from hasten.compress.recipe import Choice
 from hasten.errors import InputError, OutputError
 from hasten.search import trials
@@ -139,8 +140,6 @@ class History:
 
 def record(run: str, document: Json, fingerprint: str, choices: Mapping[str, Mapping[str, Choice]], at: str) -> None:
     """A search that is over, as its report's document has it. `choices`: each candidate's. Raises OutputError."""
-    import hasten
-
     machine = document["machine"]
     row = {
         "id": run,
@@ -151,7 +150,7 @@ def record(run: str, document: Json, fingerprint: str, choices: Mapping[str, Map
         "budget": document["budget"]["text"],
         "machine": f"{machine['cpu']}, {machine['instruction_set']}",
         "threads": machine["threads"],
-        "version": hasten.__version__,
+        "version": made_by(),
         "output": document["output"],
         "reason": document["verdict"]["reason"],
     }

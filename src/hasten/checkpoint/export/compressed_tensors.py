@@ -25,6 +25,7 @@ from hasten.checkpoint.quantized.packed import pack, words
 from hasten.checkpoint.write import check_output
 from hasten.errors import CheckpointError
 from hasten.formats.base import Weight
+from hasten.formats.integer import Grouped
 from hasten.graph.graph import WeightSpec
 
 KIND = "a directory of compressed-tensors (pack-quantized)"
@@ -170,7 +171,8 @@ def _codes(weight: Weight, bits: int) -> npt.NDArray[np.int32]:
 
 
 def _scales(weight: Weight) -> npt.NDArray[np.float16]:
-    return levels_of(weight)[1].astype("<f2")
+    assert isinstance(weight.format, Grouped), weight.format.name
+    return weight.format.scales(weight).astype("<f2")
 
 
 def _notes(model: Model, sources: dict[str, list[WeightSpec]], schemes: dict[str, Scheme]) -> Iterator[str]:

@@ -51,7 +51,7 @@ class Container:
                 f"{self.path}: tensor '{unused[0][:200]}' is not used by architecture '{architecture(file)}'",
                 "ignoring weights would give wrong results",
             )
-        self._grids: dict[str, Grid] = {}
+        self._formats: dict[str, str] = {}
         sizes: Counter[str] = Counter()
         for spec in graph.weights.values():
             entry = self._check(spec)
@@ -83,25 +83,26 @@ class Container:
         return data[np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)]
 
     def _grid(self, spec: WeightSpec) -> Grid | None:
-        """Where the type is one scale and integers to a block. Kept: what is found out of a matrix is found once."""
+        """Where the type is one scale and integers to a block. Not kept: scales of all matrices take much room."""
         name = tensor_name(spec.name)
         entry = self._file.tensors[name]
         kind = entry.type
         if kind.levels is None or not spec.is_matrix:
             return None
-        if name not in self._grids:
-            rows, columns = spec.shape
-            read = kind.levels
-
-            def levels() -> Any:
-                return self._decoded(spec, read, np.int16)
-
-            scales = self._decoded(spec, lambda blocks: half(blocks, 0), np.float32, 1)
-            where = f"{self.path}: tensor '{name}'"
-            self._grids[name] = Grid(
-                where, (rows, columns), levels, kind.low, kind.high, scales, kind.block, kind.dense
-            )
-        return self._grids[name]
+        rows, columns = spec.shape
+        read = kind.levels
+        scales = self._decoded(spec, lambda blocks: half(blocks, 0), np.float32, 1)
+        return Grid(
+            f"{self.path}: tensor '{name}'",
+            (rows, columns),
+            lambda: self._decoded(spec, read, np.int16),
+            kind.low,
+            kind.high,
+            scales,
+            kind.block,
+            kind.dense,
+            decided=self._formats.get(name),
+        )
 
     def _decoded(self, spec: WeightSpec, decode: Any, dtype: Any, width: int | None = None) -> Any:
         """All blocks of a tensor through `decode`, some at a time: [rows, numbers], `width` numbers a block."""
@@ -115,8 +116,11 @@ class Container:
         return out.reshape(data.shape[0], -1)
 
     def format(self, spec: WeightSpec) -> str:
-        grid = self._grid(spec)
-        return self._file.tensors[tensor_name(spec.name)].type.dense if grid is None else grid.format
+        name = tensor_name(spec.name)
+        if name not in self._formats:
+            grid = self._grid(spec)
+            self._formats[name] = self._file.tensors[name].type.dense if grid is None else grid.format
+        return self._formats[name]
 
     def tensor(self, spec: WeightSpec) -> Float32:
         """float32 as llama.cpp dequantises it. Raises CheckpointError where a value is NaN or infinite."""
@@ -129,6 +133,7 @@ class Container:
         return values
 
     def weight(self, spec: WeightSpec) -> Weight | Float32:
+        format = self.format(spec)
         grid = self._grid(spec)
         if grid is not None:
             return grid.weight()
@@ -136,7 +141,7 @@ class Container:
         if not spec.is_matrix:
             return values
         try:
-            return formats.get(self.format(spec)).pack(values)
+            return formats.get(format).pack(values)
         except FormatError as error:
             raise CheckpointError(
                 f"{self.path}: tensor '{tensor_name(spec.name)}': {error.message}", error.hint
@@ -145,11 +150,8 @@ class Container:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the matrices are held."""
-        rounded: Counter[str] = Counter()
-        for spec in self._graph.matrices():
-            grid, kind = self._grid(spec), self._file.tensors[tensor_name(spec.name)].type
-            if (kind.block > 1 and grid is None) or (grid is not None and not grid.is_exact):
-                rounded[kind.name] += 1
+        kinds = {spec: self._file.tensors[tensor_name(spec.name)].type for spec in self._graph.matrices()}
+        rounded = Counter(kind.name for s, kind in kinds.items() if kind.block > 1 and self.format(s) == kind.dense)
         return tuple(
             f"{n} matrices of {name} are held as f16, the nearest to each value" for name, n in rounded.items()
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hasten.errors import CheckpointError
 from hasten.formats.base import Float32, Weight
 from hasten.graph.graph import Graph, WeightSpec
 
+DENSE = ("f32", "f16", "bf16")
 NOT_METHODS = ("store", "packed")
 
 
@@ -52,13 +54,17 @@ class Quantized:
     """A directory whose config.json has a quantization_config."""
 
     def __init__(self, path: Path, config: dict[str, Any], quantization: dict[str, Any], graph: Graph) -> None:
+        self.path = path
         method = importlib.import_module(
             f"hasten.checkpoint.quantized.{quantization['quant_method'].replace('-', '_')}"
         )
         method.check(quantization)
         files, where = locate(path, config)
         needed = by_source(graph)
-        self._grids: dict[str, Grid] = {}
+        self._method, self._quantization = method, quantization
+        self._parts: dict[str, tuple[Parts, tuple[int, ...]]] = {}
+        self._formats: dict[str, str] = {}
+        kinds: Counter[str] = Counter()
         for source in list(needed):
             stem = source.removesuffix(".weight")
             found = {part: where[f"{stem}.{part}"] for part in method.PARTS if f"{stem}.{part}" in where}
@@ -67,41 +73,47 @@ class Quantized:
                 continue
             for part in found:
                 del where[f"{stem}.{part}"]
-            parts = Parts(f"{path}: {stem}", found)
-            self._grids[source] = method.read(f"{path}: tensor '{source}'", parts, shape, quantization)
+            self._parts[source] = (Parts(f"{path}: {stem}", found), shape)
+            kinds[self._read(source).dense] += 1  # and now it is known to make sense
             del needed[source]
             _drop_empty_bias(where, f"{stem}.bias", needed)
         self._tensors = Tensors(path, files, where, needed)
         self._matrices = graph.matrices()
         self.bytes_on_disk = self._tensors.bytes_on_disk
-        kinds = Counter(g.dense for g in self._grids.values())
         self.dtype = kinds.most_common(1)[0][0] if kinds else self._tensors.dtype
 
+    def _read(self, source: str) -> Grid:
+        """A matrix with its scales. Not kept: those of all matrices take much room."""
+        parts, shape = self._parts[source]
+        grid: Grid = self._method.read(f"{self.path}: tensor '{source}'", parts, shape, self._quantization)
+        return grid
+
     def _grid(self, spec: WeightSpec) -> Grid | None:
-        found = self._grids.get(spec.source)
-        if found is not None and spec.rows is not None:
-            # Kept, so that what is found out about a part is found out once.
-            key = f"{spec.source} {spec.rows}"
-            return self._grids.setdefault(key, found.rows(spec.rows))
-        return found
+        if spec.source not in self._parts:
+            return None
+        return replace(self._read(spec.source).rows(spec.rows), decided=self._formats.get(spec.name))
 
     def format(self, spec: WeightSpec) -> str:
-        grid = self._grid(spec)
-        return self._tensors.format(spec) if grid is None else grid.format
+        if spec.name not in self._formats:
+            grid = self._grid(spec)
+            self._formats[spec.name] = self._tensors.format(spec) if grid is None else grid.format
+        return self._formats[spec.name]
 
     def tensor(self, spec: WeightSpec) -> Float32:
         grid = self._grid(spec)
         return self._tensors.tensor(spec) if grid is None else grid.values()
 
     def weight(self, spec: WeightSpec) -> Weight | Float32:
+        if spec.is_matrix:
+            self.format(spec)  # found out once
         grid = self._grid(spec)
         return self._tensors.weight(spec) if grid is None else grid.weight()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the matrices are held."""
-        grids = [g for g in map(self._grid, self._matrices) if g is not None]
-        rounded = Counter(g.dense for g in grids if not g.is_exact)
+        held = (self.format(spec) for spec in self._matrices if spec.source in self._parts)
+        rounded = Counter(name for name in held if name in DENSE)
         return tuple(
             f"{count} quantised matrices are held as {kind}: no integer format here has their groups or scales"
             for kind, count in rounded.items()

@@ -1,0 +1,174 @@
+"""Shapes that a search may start from: the model with a block less, narrower blocks or factored matrices, as a whole.
+
+    shapes = structures.candidates(job, trials)         # after `calibrated`, before `explore`
+    for shape in shapes:
+        if shape.refused is None: ...                   # shape.model is a Model like job.model: search it as such
+    document["refused shapes"] = [s.json() for s in shapes if s.refused]
+
+Each is made on the first part of the calibration text and measured whole on the rest: KL(original || shape) in nats a
+token, in the model's own formats. A shape is worth exploring where its loss leaves room for packing within the budget,
+and where its matrices, all in one format that a search would take, are multiplied in less time than the original's (or
+take fewer bytes, where memory is the objective). Measurements are kept in `trials`; weights are made again when asked
+for, the same each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hasten import formats, models
+from hasten.backends.batch import Int32
+from hasten.checkpoint import Model
+from hasten.compress import restructure, structure_recipe
+from hasten.errors import ConfigError, HastenError, InputError
+from hasten.evaluate import perplexity
+from hasten.formats import Weight
+from hasten.graph.graph import Graph
+from hasten.graph.structure import Structure, parse, restructured
+from hasten.search import cost, texts
+from hasten.search.candidates import Tensor, tensors
+from hasten.search.job import Job
+from hasten.search.trials import Json, Trials
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "feed-forwards of 7/8": {"feed_forward": {"keep": "87.5%"}},
+    "feed-forwards of 3/4": {"feed_forward": {"keep": "75%"}},
+    "a block less": {"drop_blocks": {"count": 1, "by": "similarity"}},
+    "key heads of 7/8": {"heads": {"keep": "87.5%"}},
+    "feed-forwards of low rank, 3/4": {"low_rank": {"match": "*.mlp.*", "keep": "75%"}},
+}
+ROOM = 0.6
+"""Of the budget that a shape may use up: packing needs the rest."""
+FASTER = 0.98
+"""Of the original's time, at most: less is not worth the loss."""
+TYPICAL = ("int4-g64", "int8-g64")
+MEASURED_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`loss`: nats a token; `cost` and `parameters`: as shares of the original's. `refused`: why it is not worth it.
+
+    `recipe` is what a recipe's `structure` would say.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    structure: Structure
+    loss: float
+    cost: float
+    parameters: float
+    refused: str | None
+    job: Job
+
+    @cached_property
+    def model(self) -> Model:
+        """With its weights in the model's dtype, made anew. Raises what restructure.apply raises."""
+        return _made(self.job, self.recipe, _split(self.job)[0])
+
+    def json(self) -> Json:
+        """For reports."""
+        return {
+            "name": self.name,
+            "structure": self.structure.json(),
+            "loss": self.loss if np.isfinite(self.loss) else None,
+            "cost": self.cost,
+            "parameters": self.parameters,
+            "refused": self.refused,
+        }
+
+
+def candidates(job: Job, trials: Trials, recipes: Mapping[str, Mapping[str, Any]] = RECIPES) -> list[Shape]:
+    """Every shape that the model can take, measured, those worth exploring first, the cheapest of them before others.
+
+    A recipe that the architecture has no place for is left out.
+    """
+    fit, held_out = _split(job)
+    found = []
+    for done, (name, recipe) in enumerate(recipes.items()):
+        job.report("shapes", done, len(recipes))
+        facts = [job.key, texts.digest(fit), texts.digest(held_out), dict(recipe)]
+        figures = trials.get("shape", facts)
+        if figures is None:
+            figures = _measured(job, recipe, fit, held_out)
+            trials.put("shape", facts, figures)
+        if figures:
+            loss = float("inf") if figures["loss"] is None else figures["loss"]
+            structure, share = parse(figures["structure"]), _cost(job, parse(figures["structure"]), trials)
+            refused = _refusal(job, loss, share)
+            found.append(Shape(name, recipe, structure, loss, share, figures["parameters"], refused, job))
+    job.report("shapes", len(recipes), len(recipes))
+    return sorted(found, key=lambda s: (s.refused is not None, s.cost))
+
+
+def _split(job: Job) -> tuple[list[Int32], list[Int32]]:
+    """Windows to fit on, and others to measure on: a quarter of the calibration text, if it is in several."""
+    windows = job.texts.calibration
+    last = max(1, len(windows) // 4)
+    if len(windows) == 1:
+        half = len(windows[0]) // 2
+        return [windows[0][:half]], [windows[0][half:]]
+    return list(windows[:-last]), texts.take(windows[-last:], MEASURED_TOKENS)
+
+
+def _made(job: Job, recipe: Mapping[str, Any], windows: Sequence[Int32]) -> Model:
+    plan = structure_recipe.parse(dict(recipe)).plan(job.graph, job.model.structure)
+    return restructure.apply(job.model, plan, restructure.Run(windows, job.kv_format, job.threads))
+
+
+def _measured(job: Job, recipe: Mapping[str, Any], fit: Sequence[Int32], held_out: Sequence[Int32]) -> Json:
+    """Loss, structure and size of a shape; {} where the model cannot take it, or is left as it was."""
+    try:
+        made = _made(job, recipe, fit)
+    except (InputError, ConfigError):
+        return {}
+    if made.graph.parameters() >= job.graph.parameters():
+        return {}
+    loss = None
+    try:
+        evaluation = perplexity.measure(
+            made.graph, made.weights(), held_out, reference=(job.graph, job.original), threads=job.threads
+        )
+        assert evaluation.divergences is not None
+        mean = float(np.concatenate(evaluation.divergences).mean())
+        loss = mean if np.isfinite(mean) else None
+    except HastenError as error:
+        job.say(f"a shape cannot be measured: {error.message}")
+    share = made.graph.parameters() / job.graph.parameters()
+    return {"loss": loss, "structure": made.structure.json(), "parameters": share}
+
+
+def _cost(job: Job, structure: Structure, trials: Trials) -> float:
+    """The shape's matrices as a share of the original's: time of the objective's steps, or bytes."""
+    graph = restructured(models.build(job.model.config, job.graph.context), structure)
+    own, before = (_costs(job, g, trials) for g in (graph, job.graph))
+    return own / before
+
+
+def _costs(job: Job, graph: Graph, trials: Trials) -> float:
+    """All matrices in a typical format."""
+    format = formats.get(job.model.dtype)
+    held = {m.name: Weight(format, (m.shape[0], m.shape[1]), {}) for m in graph.matrices()}  # only shapes are asked for
+    found = [_typical(t) for t in tensors(graph, held)]
+    times = cost.measure(found, job.objective, job.threads, trials, job.kernels, job.report)
+    return sum(cost.costs(t, job.objective, times)[0] for t in found)
+
+
+def _typical(tensor: Tensor) -> Tensor:
+    chosen = next((c for name in TYPICAL for c in tensor.choices if c.format == name), tensor.choices[0])
+    return replace(tensor, choices=(chosen,))
+
+
+def _refusal(job: Job, loss: float, share: float) -> str | None:
+    room = ROOM * job.budget.nats
+    what = "bytes" if job.objective.name == "memory" else "time"
+    if share > FASTER:
+        return f"its matrices take {share:.1%} of the original's {what}"
+    if not loss <= room:
+        return f"it loses {loss:.4f} nats a token alone, of {job.budget.nats:.4f} that the budget comes to"
+    return None

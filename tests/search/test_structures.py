@@ -1,0 +1,67 @@
+"""Shapes to search from: measured as numpy would, kept where they are faster and lose little, refused with figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search.tiny_model import write_model, write_text
+
+from hasten.backends import reference
+from hasten.graph.functions import softmax
+from hasten.graph.structure import Structure, restructured
+from hasten.search import cost, job, structures
+from hasten.search.budget import parse_all
+from hasten.search.trials import Trials
+
+RECIPES = {
+    "narrow": {"feed_forward": {"keep": 64}},
+    "shallow": {"drop_blocks": [1]},
+    "whole": {"feed_forward": {"keep": "100%"}},
+    "impossible": {"drop_blocks": {"count": 2}},
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job; a matrix takes a second for each of its rows."""
+    monkeypatch.setattr(cost, "seconds", lambda site, *_: float(site.shape[0]))
+    model, text = write_model(tmp_path / "model"), write_text(tmp_path / "text", 12000)
+    asked = job.Settings(str(model), tmp_path / "out", budget="kl=50", eval=text)
+    return job.prepare(asked, lambda *a: None, lambda text: None)
+
+
+def test_measured_whole_on_text_that_was_held_out(made, tmp_path: Path) -> None:
+    with Trials(tmp_path / "work") as trials:
+        found = {s.name: s for s in structures.candidates(made, trials, RECIPES)}
+        assert sorted(found) == ["narrow", "shallow"]  # one is left as it was, and both blocks cannot go
+        shallow = found["shallow"]
+        graph = restructured(made.graph, Structure((1,)))
+        dense = reference.dense_weights(made.original)
+        _, held_out = structures._split(made)
+        rows = []
+        for window in held_out:
+            p, q = (softmax(reference.forward(g, dense, window)) for g in (made.graph, graph))
+            rows.append((p * (np.log(p) - np.log(q))).sum(axis=1)[:-1])
+        assert shallow.loss == pytest.approx(np.concatenate(rows).mean(), rel=0.02)
+        before = sum(m.shape[0] for m in made.graph.matrices() if "embed" not in m.name)
+        after = sum(m.shape[0] for m in graph.matrices() if "embed" not in m.name)
+        assert shallow.cost == pytest.approx(after / before)
+        assert shallow.refused is None
+        assert shallow.model.structure == shallow.structure == Structure((1,))
+        assert found["narrow"].model.graph.parameters() / made.graph.parameters() == found["narrow"].parameters
+
+
+def test_refused_with_figures_and_remembered(made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = replace(made, budget=parse_all("kl=0.0001"))
+    with Trials(tmp_path / "work") as trials:
+        first = structures.candidates(made, trials, RECIPES)
+        assert all("it loses" in (s.refused or "") and "0.0001" in (s.refused or "") for s in first)
+        monkeypatch.setattr(structures, "_made", None)  # nothing is made twice
+        again = structures.candidates(made, trials, RECIPES)
+        assert [s.json() for s in again] == [s.json() for s in first]
+        monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
+        slow = structures.candidates(replace(made, kernels=["another"]), trials, {"narrow": RECIPES["narrow"]})
+        assert slow[0].refused == "its matrices take 100.0% of the original's time"
