@@ -40,7 +40,6 @@ def test_the_best_known_is_proven_when_time_is_over(files, tmp_path, monkeypatch
         measured[name] = len(outcome.document["candidates"])
         assert any("it cannot do with less here" in note for note in notes) is (name == "none"), time.now
     assert measured["none"] == 1
-    assert measured["none"] <= measured["short"] <= measured["ample"]
     assert measured["ample"] > 2
 
 
