@@ -218,9 +218,19 @@ def test_a_file_of_the_gguf_package_is_read(tmp_path: Path) -> None:
     assert model.graph.nodes[1].op.eps == 1e-5  # type: ignore[attr-defined]  # not 9.99999974e-06
 
 
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [({}, ()), ({"eos": 2}, (2,)), ({"eos": 2, "eot": 2}, (2,)), ({"eos": 2, "eot": 5}, (2, 5)), ({"eos": 48}, ())],
+)
+def test_what_ends_a_text(tmp_path: Path, ids: dict[str, int], expected: tuple[int, ...]) -> None:
+    (tmp_path / "x.gguf").write_bytes(changed(**{f"tokenizer__ggml__{k}_token_id": v for k, v in ids.items()}))
+    assert checkpoint.open(str(tmp_path / "x.gguf")).eos_token_ids == expected
+
+
 def test_a_folder_of_one_file_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(llama_file(0)[0])
-    assert checkpoint.open(str(tmp_path)).kind == "gguf"
+    model = checkpoint.open(str(tmp_path))
+    assert (model.kind, model.location) == ("gguf", tmp_path / "a.gguf")
     (tmp_path / "b.gguf").write_bytes(llama_file(0)[0])
     with pytest.raises(CheckpointError, match="holds 2 GGUF files"):
         checkpoint.open(str(tmp_path))

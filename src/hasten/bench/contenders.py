@@ -194,7 +194,7 @@ def _hasten(
 ) -> list[Contender]:
     made = []
     for name in names or ("",):
-        path = _packed(model, name, folder, report) if name else model.path
+        path = _packed(model, name, folder, report) if name else model.location
         opened = checkpoint.open(str(path))
         shown = name or "/".join(sorted(set(opened.formats.values())))
         work = _count(opened, load["kv_format"])

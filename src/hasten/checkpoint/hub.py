@@ -12,13 +12,17 @@ SMALL = [
     "config.json",
     "generation_config.json",
     "hasten.json",
+    "quantize_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
 ]
-WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "hasten-*.safetensors"]
+WEIGHTS = [
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    *("hasten-*.safetensors", "gptq_model*.safetensors"),
+]
 
 
 def is_id(source: str) -> bool:

@@ -68,6 +68,11 @@ class Model:
         return Tokenizer(self.path, self.graph.vocabulary)
 
     @property
+    def location(self) -> Path:
+        """What `open` takes to open it again: its directory, or its GGUF file."""
+        return self.store.path if isinstance(self.store, gguf.Container) else self.path
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text: from generation_config.json, else config.json, else the tokenizer."""
         for values in (self.generation, self.config, self.config.get("text_config")):

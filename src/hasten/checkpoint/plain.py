@@ -156,7 +156,7 @@ def refuse_reshaped(model: Model, target: str) -> None:
         f"{model.source} is no plain {model.config.get('model_type')}: "
         + (f"'{odd}' is not of the shape that its config gives" if odd else "its blocks differ from the config's")
         + f"; {target} cannot express that",
-        "--to onnx writes any graph",
+        "--to hf writes the plain model that computes the same, --to onnx any graph",
     )
 
 

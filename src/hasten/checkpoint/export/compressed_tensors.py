@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import formats
+from hasten.checkpoint.expanded import without_dropped
 from hasten.checkpoint.export import Options, Written
 from hasten.checkpoint.grid import levels_of
 from hasten.checkpoint.huggingface import by_source, full_shape
@@ -56,6 +57,7 @@ class Scheme:
 
 
 def write(model: Model, out: Path, options: Options, progress: Progress | None) -> Written:
+    model = without_dropped(model)
     refuse_reshaped(model, "compressed-tensors")
     check_output(out)
     sources = by_source(model.graph)

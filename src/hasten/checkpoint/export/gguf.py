@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hasten.checkpoint.expanded import without_dropped
 from hasten.checkpoint.export import Options, Written
 from hasten.checkpoint.gguf.blocks import KINDS
 from hasten.checkpoint.gguf.export import EXACT, kinds, write_gguf
@@ -21,6 +22,7 @@ def write(model: Model, out: Path, options: Options, progress: Progress | None) 
     if options.type is not None and options.type not in KINDS:
         raise InputError(f"there is no GGUF type '{options.type}' here", f"one of: {', '.join(KINDS)}")
     _check_output(out)
+    model = without_dropped(model)
     refuse_reshaped(model, "GGUF")
     if vocabulary(model.path, model.graph.vocabulary).get("tokenizer.ggml.model") == "no_vocab":
         raise CheckpointError(

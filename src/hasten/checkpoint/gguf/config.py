@@ -96,7 +96,7 @@ def config(file: File) -> dict[str, Any]:
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "torch_dtype": "float16",
+        "torch_dtype": {"F32": "float32", "BF16": "bfloat16"}.get(table.type.name, "float16"),
     }
     if arch != "qwen2":  # which always has them
         made["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
