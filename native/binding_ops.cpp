@@ -92,12 +92,6 @@ double divergence(const std::string& isa, Floats p, Floats q) {
   return table(isa).divergence(p.data(), q.data(), static_cast<int64_t>(p.size()));
 }
 
-KvKind kv_kind(const std::string& name) {
-  for (size_t i = 0; i < std::size(kKvNames); ++i)
-    if (name == kKvNames[i]) return static_cast<KvKind>(i);
-  throw std::invalid_argument("unknown kv format '" + name + "'");
-}
-
 // One tile of queries over each span of keys by itself, then the join, as threads do it that share a long context.
 void attend_in_spans(const Kernels& kernels, const AttentionArgs& a, int64_t sequence, int64_t head, int64_t first, int64_t last,
                      std::byte* scratch) {

@@ -68,12 +68,6 @@ struct Rotation {  // one Rope's frequencies
   float factor;
 };
 
-KvKind kv_kind_of(const std::string& name) {
-  for (size_t i = 0; i < std::size(kKvNames); ++i)
-    if (name == kKvNames[i]) return static_cast<KvKind>(i);
-  throw std::invalid_argument("unknown kv format '" + name + "'");
-}
-
 const Kernels& table(const std::string& isa) {
   if (isa.empty()) return active_kernels();
   if (const Kernels* found = kernels_for(isa)) return *found;
@@ -187,7 +181,7 @@ class Planned {
                 at(out).width == at(q).width && !at(q).selected,
             "attention's values have other widths than its heads");
     AttentionArgs fixed{};
-    fixed.kv = program.kv_layer(layer, kv_kind_of(kv_format), kv_heads, head_dim);
+    fixed.kv = program.kv_layer(layer, kv_kind(kv_format), kv_heads, head_dim);
     fixed.heads = heads;
     fixed.scale = scale;
     fixed.softcap = softcap;

@@ -105,16 +105,14 @@ struct KvLayer {
   void* values;
   int64_t kv_heads, head_dim, block_size;
 
-  int64_t half() const { return (head_dim + 1) / 2; }
-  int64_t head_bytes() const {        // of one head's keys, or values, in a block
-    const int64_t count = head_dim * block_size;
-    switch (kind) {
-      case KvKind::f32: return 4 * count;
-      case KvKind::bf16: return 2 * count;
-      case KvKind::int8: return count + 2 * block_size;
-      case KvKind::int4: return (half() + 4) * block_size;
-    }
-    return 0;
+  // Inlined always: a copy that stood for all instruction sets might be made of the wrong one's instructions.
+  __attribute__((always_inline)) int64_t half() const { return (head_dim + 1) / 2; }
+  __attribute__((always_inline)) int64_t head_bytes() const {   // of one head's keys, or values, in a block
+    const int64_t token = kind == KvKind::f32    ? 4 * head_dim
+                          : kind == KvKind::bf16 ? 2 * head_dim
+                          : kind == KvKind::int8 ? head_dim + 2
+                                                 : half() + 4;
+    return token * block_size;
   }
 };
 

@@ -1,6 +1,7 @@
 #include "isa/dispatch.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 
 #if defined(__x86_64__)
@@ -123,6 +124,12 @@ const Kernels& active_kernels() {
     throw std::invalid_argument(message);
   }();
   return *chosen;
+}
+
+KvKind kv_kind(const std::string& name) {
+  for (size_t i = 0; i < std::size(kKvNames); ++i)
+    if (name == kKvNames[i]) return static_cast<KvKind>(i);
+  throw std::invalid_argument("unknown kv format '" + name + "'");
 }
 
 }  // namespace hasten

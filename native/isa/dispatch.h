@@ -13,5 +13,7 @@ std::vector<std::string> available_isas();
 const Kernels* kernels_for(const std::string& name);
 // The process's table: HASTEN_ISA if set (throws std::invalid_argument naming what is available), else the best.
 const Kernels& active_kernels();
+// The cache format of that name. Throws std::invalid_argument.
+KvKind kv_kind(const std::string& name);
 
 }  // namespace hasten

@@ -25,7 +25,9 @@ MLP, ATTENTION = "model.layers.{}.mlp.{}_proj.weight", "model.layers.{}.self_att
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model.write(tmp_path_factory.mktemp("models") / "original", num_hidden_layers=3)
+    return small_model.write(
+        tmp_path_factory.mktemp("models") / "original", num_hidden_layers=3, tie_word_embeddings=False
+    )
 
 
 def recipe(structure: Any, tensors: Any = None) -> str:
@@ -124,6 +126,11 @@ CASES: dict[str, tuple[Any, Any, Structure | None]] = {
     ),
     "energy": ({"low_rank": [{"match": "*_proj.weight", "energy": "70%"}]}, None, None),
     "share": ({"low_rank": [{"match": "*_proj.weight", "keep": "60%"}]}, None, None),
+    "head": (
+        {"low_rank": [{"match": "lm_head.weight", "rank": 40}]},
+        None,
+        Structure((), {}, {"lm_head.weight": LowRank(40)}),
+    ),
     "residual": (
         {"low_rank": [{"match": "*.down_proj.weight", "rank": 8, "residual": True}]},
         [{"match": "*_proj.weight", "format": "int3-g64"}, {"match": "*.left", "format": "int8-g64"}],
@@ -228,3 +235,27 @@ def test_a_cache_of_several_formats_loses_the_layers_that_go(original: Path, tmp
     assert made.kv_formats == tuple(f for i, f in enumerate(("int8", "bf16", "f32")) if i != gone)
     written = checkpoint.write_artifact(tmp_path / "out", made, weights, {}, {}, made.kv_formats)
     assert len(LLM(written, context=64).generate(["abc"])) == 1
+
+
+@pytest.mark.parametrize("fold", ["awq", "hadamard"])
+def test_folds_go_with_structure_but_not_by_block_with_residuals(original: Path, tmp_path: Path, fold: str) -> None:
+    (tmp_path / "text").write_text("".join(np.random.default_rng(0).choice(list("abcdefgh \n"), 1500)))
+    before = checkpoint.open(str(original))
+    ids = np.array(before.tokenizer.encode("abc defg abcd hgfe"), np.int32)
+    shape: dict[str, Any] = {"heads": {"per_group": 1, "blocks": [1]}, "low_rank": [{"match": "*.0.mlp.*", "rank": 35}]}
+    logits = {}
+    for name, folds in (("plain", []), ("folded", [fold])):
+        document = {"structure": shape, "fold": folds, "tensors": [{"match": "*_proj.weight*", "format": "int8-g64"}]}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
+        assert (
+            compress.run(compress.Options(str(original), tmp_path / name, tmp_path / "r.yaml", tmp_path / "text")) == 0
+        )
+        made = checkpoint.open(str(tmp_path / name))
+        logits[name] = reference.forward(made.graph, reference.dense_weights(made.weights()), ids)
+    spread = float(np.std(logits["plain"]))
+    assert np.abs(logits["folded"] - logits["plain"]).mean() < 0.1 * spread
+    shape["low_rank"] = [{"match": "*.0.mlp.*", "rank": 8, "residual": True}]
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
+    if fold == "awq":
+        with pytest.raises(InputError, match="with a residual cannot go with fold: awq"):
+            compress.run(compress.Options(str(original), tmp_path / "x", tmp_path / "r.yaml", tmp_path / "text"))

@@ -56,6 +56,9 @@ def test_a_search_enters_once(files, tmp_path, monkeypatch, capsys) -> None:  # 
     assert not any("hasten trials" in note for note in notes)
     capsys.readouterr()
     assert main(["trials", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert len({f["run"] for f in whole}) == 1
+    assert main(["trials", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [f["name"] for f in found] == [c["name"] for c in outcome.document["candidates"]]
     chosen = next(f for f in found if f["chosen"])

@@ -10,9 +10,9 @@ from hasten.bench.latency import Times
 from hasten.compress.recipe import KEEP, Choice
 from hasten.errors import BudgetError
 from hasten.search import speed
-from hasten.search.budget import Budgets, parse_all
+from hasten.search.budget import UNBOUNDED, Budgets, parse_all
 from hasten.search.candidates import Tensor
-from hasten.search.quality import Bounds, Reading, Readings, ratio_reading
+from hasten.search.quality import Bounds, Reading, Readings, broken, ratio_reading
 from hasten.search.refine import ROUNDS, Refiner, Space, next_allowance
 
 SMALL, LARGE = Choice("int4-g64", "clip"), Choice("int8-g64", "clip")
@@ -82,6 +82,15 @@ def test_every_part_of_a_budget_holds(further: float) -> None:
     assert 0.6 < used <= 1.0
     failing = [t for t in one.tried if not t.fits]
     assert all(t.readings[0].estimate > 0.01 or t.readings[1].estimate > 0.02 for t in failing)
+
+
+def test_output_that_is_no_number_keeps_no_budget() -> None:
+    """Not even the one without a limit."""
+    bounds = Bounds(UNBOUNDED, (1000,))
+    assert bounds.fits((Reading(5.0, 4.9, 5.1, 1000),))
+    assert bounds.hold((Reading(5.0, 4.9, 5.1, 1000),))
+    assert not bounds.fits((broken(1000),))
+    assert not bounds.hold((broken(1000),))
 
 
 def test_bytes_are_bounded_too() -> None:

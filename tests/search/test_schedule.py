@@ -40,7 +40,6 @@ def test_the_best_known_is_proven_when_time_is_over(files, tmp_path, monkeypatch
         measured[name] = len(outcome.document["candidates"])
         assert any("it cannot do with less here" in note for note in notes) is (name == "none"), time.now
     assert measured["none"] == 1
-    assert measured["none"] <= measured["short"] <= measured["ample"]
     assert measured["ample"] > 2
 
 
@@ -83,7 +82,7 @@ def test_what_was_decided_stays_decided(files, tmp_path, monkeypatch) -> None:  
 
 def test_fewer_formats_where_packing_takes_long(files, tmp_path, monkeypatch) -> None:  # noqa: F811
     as_fast(2.0, monkeypatch)
-    monkeypatch.setattr(schedule, "CORE", ("int8-g64",))
+    monkeypatch.setattr(schedule, "FEWEST", ("int8-g64",))
     real = schedule.time
 
     class Slow:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from search.test_accelerate import as_fast, files, quick, run, settings  # noqa: F401
 from search.tiny_model import write_model, write_text
 
+from hasten import checkpoint
 from hasten.backends import reference
+from hasten.compress import restructure, structure_recipe
 from hasten.graph.functions import softmax
 from hasten.graph.structure import Structure, restructured
 from hasten.search import cost, job, structures
@@ -25,7 +28,7 @@ RECIPES = {
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def made(quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     """A job; a matrix takes a second for each of its rows."""
     monkeypatch.setattr(cost, "seconds", lambda site, *_: float(site.shape[0]))
     model, text = write_model(tmp_path / "model"), write_text(tmp_path / "text", 12000)
@@ -65,3 +68,22 @@ def test_refused_with_figures_and_remembered(made, tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
         slow = structures.candidates(replace(made, kernels=["another"]), trials, {"narrow": RECIPES["narrow"]})
         assert slow[0].refused == "its matrices take 100.0% of the original's time"
+
+
+def test_a_restructured_artifact_is_accelerated_like_any_model(files, tmp_path, monkeypatch) -> None:  # noqa: F811
+    as_fast(2.0, monkeypatch)
+    model = checkpoint.open(str(files[0]))
+    shape = {
+        "feed_forward": {"keep": 64, "blocks": [0]},
+        "low_rank": [{"match": "*.1.mlp.up*", "rank": 20}, {"match": "lm_head.weight", "keep": "70%"}],
+    }
+    plan = structure_recipe.parse(shape).plan(model.graph, model.structure)
+    work = restructure.Run([np.arange(200, dtype=np.int32)], "f32")
+    small, weights = restructure.compress(model, plan, {}, work, tmp_path / "work")
+    source = checkpoint.write_artifact(tmp_path / "small", small, weights, {}, {})
+    outcome, _ = run(settings((source, files[1]), tmp_path / "fast", budget="ppl=5%"))
+    assert outcome.output, outcome.reason
+    made = checkpoint.open(str(outcome.output))
+    assert made.structure == small.structure
+    assert made.graph.weights["model.layers.1.mlp.up_proj.weight.left"].shape == (96, 20)
+    assert set(made.formats.values()) > {"f32"}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten.backends import cache
 from hasten.checkpoint import safetensors
 from hasten.checkpoint.artifact import FACTS, RESTRUCTURED, VERSION, block_shapes
 from hasten.errors import CheckpointError, OutputError
@@ -49,8 +50,11 @@ def write_artifact(
 
     `kv_formats`: of each layer's cache, what serving takes where nobody asks for another.
 
-    Raises OutputError where `out` exists and is not empty, cannot be written, or the disk is full: nothing is left.
+    Raises BackendError where these are not the model's layers', OutputError where `out` exists and is not empty, cannot
+    be written, or the disk is full: nothing is left.
     """
+    if kv_formats:
+        cache.formats_of(model.graph, tuple(kv_formats))
     path = Path(out).absolute()
     check_output(path)
     shards = list(_shards(model, weights))

@@ -100,7 +100,7 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
     With a plan all matrices that are new are held, too, and what goes into them; `turned` whole, all are in float32.
     """
     from hasten import formats
-    from hasten.compress import calibrate, restructure, stream
+    from hasten.compress import calibrate, gradients, restructure, stream
     from hasten.compress.run import needs
     from hasten.compress.statistics import ROWS
     from hasten.engine import memory
@@ -110,7 +110,7 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
     stored = task.model.formats
     asked = needs(task.choices)
     blocks = [graph.block(i) for i in range(len(graph.blocks))] + [graph.tail(len(graph.blocks))]
-    weights = working = 0
+    weights, working = 0, stream.LIBRARIES
     for section in blocks:
         own = memory.weight_bytes(section, stored)
         own += sum(
@@ -128,7 +128,9 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
         rows = ROWS + calibrate.CHUNK
         gathered = sum(12 * w * w + 8 * rows * w for w in second)
         made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
-        weights, working = max(weights, own), max(working, gathered, made)
+        weights, working = max(weights, own), max(working, stream.LIBRARIES + max(gathered, made))
+    if "gradients" in asked.values():
+        weights += 4 * gradients.COPIES * graph.parameters()
     if turned:
         weights += 4 * graph.parameters()
     if plan:

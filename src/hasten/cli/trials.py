@@ -69,8 +69,10 @@ def state(one: dict[str, Any]) -> str:
 def losses(one: dict[str, Any]) -> str:
     from hasten.search.table import loss
 
+    names = {"agree": "other tokens", "task": "lost"}
     return ", ".join(
-        f"{r['budget'].split('=')[0]} {loss(r['measure'], r['estimate'])}" for r in one["figures"]["readings"]
+        f"{names.get(r['measure'], r['measure'])} {loss(r['measure'], r['estimate'])}"
+        for r in one["figures"]["readings"]
     )
 
 

@@ -16,7 +16,7 @@ from hasten.backends.batch import Float32, Int32, Limits, Outputs
 from hasten.backends.cache import KvFormat
 from hasten.compress.statistics import Gatherer, Hidden, Statistics
 from hasten.formats import Weight
-from hasten.graph.graph import Graph
+from hasten.graph.graph import Graph, Node
 from hasten.graph.ops import Linear
 
 Weights = Mapping[str, Weight | Float32]
@@ -97,16 +97,18 @@ def run(
 
 
 def head_input(graph: Graph) -> Graph:
-    """What follows the last block, up to what the head reads: logits are no statistics, and cost as much as a block."""
+    """What follows the last block, up to what the head's last linear reads: logits are no statistics, and cost as much
+    as a block."""
     tail = graph.tail(len(graph.blocks))
-    place = next(i for i, node in enumerate(tail.nodes) if isinstance(node.op, Linear))
-    used = dict.fromkeys(w for node in tail.nodes[:place] for w in node.weights)
-    return replace(
-        tail,
-        nodes=tail.nodes[:place],
-        weights={name: tail.weights[name] for name in used},
-        output=tail.nodes[place].inputs[0],
-    )
+    output = next(node.inputs[0] for node in reversed(tail.nodes) if isinstance(node.op, Linear))
+    needed = {output}
+    nodes: list[Node] = []
+    for node in reversed(tail.nodes):
+        if needed.intersection(node.outputs):
+            needed.update(node.inputs)
+            nodes.insert(0, node)
+    used = dict.fromkeys(w for node in nodes for w in node.weights)
+    return replace(tail, nodes=tuple(nodes), weights={name: tail.weights[name] for name in used}, output=output)
 
 
 def linear_inputs(graph: Graph) -> dict[str, list[str]]:

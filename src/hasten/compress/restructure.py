@@ -72,7 +72,7 @@ def compress(
     """
     model = stream.turned(model, [name for name in run.folds if folds.get(name).WHOLE], choices)
     if plan:
-        _check(plan, choices)
+        _check(plan, choices, run)
         model = apply(model, plan, run)
     weights = stream.compress(run.task(model, choices), folder, run.report)
     if plan and plan.corrected:
@@ -82,9 +82,15 @@ def compress(
     return model, weights
 
 
-def _check(plan: Plan, choices: Mapping[str, Choice]) -> None:
-    """Raise InputError for a correction beside a matrix that stays as it is."""
+def _check(plan: Plan, choices: Mapping[str, Choice], run: Run) -> None:
+    """Raise InputError for a correction beside a matrix that stays as it is, or is not packed as it was."""
     for name in plan.corrected:
+        by_block = [fold for fold in run.folds if not folds.get(fold).WHOLE]
+        if by_block:
+            raise InputError(
+                f"low_rank: '{name}' with a residual cannot go with fold: {by_block[0]}, which changes what is packed",
+                "leave out one of the two",
+            )
         if choices[name].is_original:
             raise InputError(
                 f"low_rank: '{name}' stays as it is, so there is nothing for a residual's factors to make up for",

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from hasten.backends.batch import Float32, Int32, Limits
 from hasten.backends.cache import KvFormat
 from hasten.checkpoint import Model, files, safetensors
 from hasten.checkpoint.write import stored_arrays
-from hasten.compress import calibrate, folds, methods
+from hasten.compress import calibrate, folds, gradients, methods
 from hasten.compress.calibrate import Report
 from hasten.compress.methods import Inputs
 from hasten.compress.recipe import Choice
@@ -37,6 +37,8 @@ New = dict[str, Weight | Float32]
 
 VERSION = 2
 """Of what a work folder holds."""
+LIBRARIES = 64 << 20
+"""Bytes that linear algebra takes for its own buffers, once."""
 COPIES = 10
 """Float32 copies of the largest matrix that a method holds at once, its working space included."""
 
@@ -88,6 +90,7 @@ def compress(task: Task, folder: Path, report: Report | None = None) -> dict[str
     work = Work(folder, task.facts())
     count = len(task.model.graph.blocks) + 1
     asked = needs(task.choices)
+    slopes = work.gradients(task, [name for name, needs in asked.items() if needs == "gradients"], report)
     hidden: Hidden | None = None
     for index in range(count):
         if report:
@@ -96,14 +99,19 @@ def compress(task: Task, folder: Path, report: Report | None = None) -> dict[str
             continue
         if task.windows and hidden is None:
             hidden = work.hidden(index, task.windows) if index else start(task)
-        hidden = _section(task, index, asked, hidden, work)
+        hidden = _section(task, index, asked, hidden, work, slopes)
     if report:
         report("compressing", count, count)
     return _gathered(task, work, count)
 
 
 def _section(
-    task: Task, index: int, asked: Mapping[str, methods.Needs], hidden: Hidden | None, work: Work
+    task: Task,
+    index: int,
+    asked: Mapping[str, methods.Needs],
+    hidden: Hidden | None,
+    work: Work,
+    slopes: Mapping[str, Float32],
 ) -> Hidden | None:
     """Compress block `index`, or what follows the last one; returns what it then hands on."""
     graph = task.model.graph
@@ -129,7 +137,10 @@ def _section(
     for name in mine:
         if not task.choices[name].is_original:
             values = dense(changed[name]) if name in changed else task.model.tensor(name)
-            packed[name] = pack(task, name, values, statistics.inputs(name))
+            known = statistics.inputs(name)
+            if name in slopes:
+                known = replace(known or methods.NOTHING, gradients=slopes[name])
+            packed[name] = pack(task, name, values, known)
     if hidden is not None and not last:
         hidden = calibrate.run(section, own | packed, task.windows, hidden, task.limits())
         work.keep_hidden(index + 1, hidden)
@@ -244,6 +255,22 @@ class Work:
             if all(n in file.tensors for n in arrays.values()):
                 found[spec.name] = format.load({p: file.array(n) for p, n in arrays.items()}, shape)
         return found
+
+    def gradients(self, task: Task, names: Sequence[str], report: Report | None) -> dict[str, Float32]:
+        """Of the model as it was, for the matrices `names`; made once."""
+        if not names:
+            return {}
+        file, part = self.folder / "gradients.npz", self.folder / "gradients.part"
+        try:
+            if not file.exists():
+                with part.open("wb") as stream:
+                    np.savez(stream, **gradients.mean_squares(task.model, task.windows, names, report))  # type: ignore[arg-type]
+                part.replace(file)
+            with np.load(file) as arrays:
+                return {name: arrays[name] for name in names}
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
 
     def keep_hidden(self, index: int, hidden: Hidden) -> None:
         """Of block `index`'s input; those of the block before stay until its section is kept."""

@@ -143,7 +143,7 @@ def _check_blocks(structure: Structure, blocks: int) -> None:
     for index in (*structure.dropped, *structure.narrowed):
         if not 0 <= index < blocks:
             raise ConfigError(f"structure: there is no block {index}, the model has {blocks}, numbered from 0")
-    if len(set(structure.dropped)) == blocks:
+    if structure.dropped and len(set(structure.dropped)) == blocks:
         raise ConfigError(f"structure: all {blocks} blocks are dropped", "keep one at least")
     both = sorted(set(structure.dropped) & set(structure.narrowed))
     if both:

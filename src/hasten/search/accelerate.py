@@ -253,7 +253,8 @@ def write(
 
 def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -> None:
     """For `hasten trials`. A history that cannot be kept is no reason to lose what was found."""
-    run = trials.measure("run", [], lambda: [uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")])
+    asked = [made["budget"]["text"], made["aim"], job.settings.minutes]
+    run = trials.measure("run", asked, lambda: [uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")])
     try:
         history.record(run[0], made, str(job.key[1]), {t.name: t.choices for t in refiner.tried}, run[1])
     except OutputError as error:

@@ -39,7 +39,7 @@ class Target:
     rate: float
 
     def __str__(self) -> str:
-        return f"{self.part}={self.rate:g}tok/s"
+        return f"{self.part}={self.rate:.12g}tok/s"
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Reading:
 
     def within(self, budget: Budget) -> bool:
         """The budget holds where even the upper end of the interval keeps it."""
-        return self.high <= budget.limit
+        return math.isfinite(self.estimate) and self.high <= budget.limit
 
     def careful(self, tokens: int) -> float:
         """The upper end that another text of `tokens` tokens will stay below, nineteen times in twenty."""
@@ -76,7 +76,7 @@ class Bounds:
     def fits(self, readings: Readings) -> bool:
         """Will likely be proven within every part of the budget."""
         parts = zip(self.budgets.parts, readings, self.final, strict=True)
-        return all(r.careful(n) <= b.limit for b, r, n in parts)
+        return all(math.isfinite(r.estimate) and r.careful(n) <= b.limit for b, r, n in parts)
 
     def share(self, readings: Readings) -> float:
         """Of the budget, what the careful readings use up, by the part that is worst off: 1 is all of it."""

@@ -6,6 +6,7 @@ measurements: a run that is continued measures what it would have measured.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,7 +28,8 @@ FEWEST_CALIBRATION, FEWEST_SEARCH, FEWEST_FINAL = 1024, 2048, 4096
 MEASURED = 8
 """Whole candidates that a search measures, about."""
 CORE = ("int8-g64", "int4-g32", "int4-g64", "codebook4-g64")
-"""Formats that are tried where there is no time for all."""
+FEWEST = ("int8-g64", "int4-g64")
+"""Formats that are tried where there is no time for all, nor for those."""
 TIMING_SECONDS = 8.0
 """That timing candidates takes about, warming up included, each time."""
 
@@ -53,21 +55,26 @@ def trimmed(job: Job, found: Sequence[Tensor], packer: Packer, trials: Trials) -
     if not job.clock.limited or not found:
         return list(found)
 
-    def decide() -> bool:
+    def decide() -> list[str] | None:
         one = sorted(found, key=lambda t: t.parameters)[len(found) // 2]
-        start = time.monotonic()
+        scale = sum(t.parameters for t in found) / one.parameters
+        took = {}
         for choice in one.choices[1:]:
-            try:
+            start = time.monotonic()
+            with contextlib.suppress(FormatError):
                 packer.error(one.name, choice)
-            except FormatError:
-                continue
-        each = (time.monotonic() - start) / one.parameters
-        return each * sum(t.parameters for t in found) <= CANDIDATES * job.clock.left()
+            took[choice.format] = time.monotonic() - start
+        for formats in (None, CORE, FEWEST):
+            known = [seconds for format, seconds in took.items() if formats is None or format in formats]
+            if scale * sum(known) <= CANDIDATES * job.clock.left():
+                break
+        return None if formats is None else list(formats)
 
-    if trials.measure("schedule", ["candidates", job.key, job.settings.minutes], decide):
+    kept = trials.measure("schedule", ["candidates", job.key, job.settings.minutes], lambda: [decide()])[0]
+    if kept is None:
         return list(found)
-    job.say(f"to keep within {job.settings.minutes:g} minutes only {', '.join(CORE)} are tried")
-    return [replace(t, choices=tuple(c for c in t.choices if c.is_original or c.format in CORE)) for t in found]
+    job.say(f"to keep within {job.settings.minutes:g} minutes only {', '.join(kept)} are tried")
+    return [replace(t, choices=tuple(c for c in t.choices if c.is_original or c.format in kept)) for t in found]
 
 
 def sensitivities(job: Job, found: Sequence[Tensor], each: float, available: int, trials: Trials) -> Plan:

@@ -54,7 +54,8 @@ def contributions(document: Json) -> Section:
     head = ("", "matrices", "bytes saved", "microseconds saved (predicted)", "loss caused", "loss saved by the method")
     note = (
         f"In {part['what']}, on the search's text, of the whole model: loss caused is what goes away where these "
-        "matrices alone are as they were; loss saved is what comes where nearest rounding makes the same format."
+        "matrices alone are as they were; loss saved is what comes where nearest rounding makes the same format. What "
+        "is small beside the candidates' intervals is chance."
     )
     return Section("What bought what", head, rows, note)
 

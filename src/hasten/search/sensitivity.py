@@ -63,12 +63,12 @@ def _measured(tensor: Tensor, plan: Plan, depth: int) -> bool:
 
 
 def _typical(tensor: Tensor, plan: Plan) -> list[Choice]:
-    """The choices of a matrix to measure: for each kind that of group 64, or the first there is."""
+    """The choices of a matrix to measure: for each kind that of group 64, or the first there is; one at least."""
     found = []
     for kind in plan.kinds:
         own = [c for c in tensor.choices if c.format.split("-")[0] == kind]
         found += sorted(own, key=lambda c: not c.format.endswith("-g64"))[:1]
-    return found
+    return found or [c for c in tensor.choices if not c.is_original][-1:]  # something to scale the others from
 
 
 def errors(tensors: Sequence[Tensor], packer: Packer, trials: Trials, key: Json, report: Report) -> Losses:

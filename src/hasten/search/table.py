@@ -118,7 +118,9 @@ def headline(document: Json) -> str:
         + (f" (at most {loss(one['measure'], reading['high'])})" if one["limit"] is not None else "")
         for one, reading in _readings(document, proof)
     ]
-    first = f"{gain} at {size:.0%} of the size; {'; '.join(told)}"
+    memory = document["objective"] == "memory"
+    first = f"{size:.0%} of the size, at {gain}" if memory else f"{gain} at {size:.0%} of the size"
+    first += f"; {'; '.join(told)}"
     if document["aim"]["target"]:
         reached = document["after"]["rate"]
         first += f": it makes {reached:,.1f} tokens a second, the target is {document['aim']['target']}"
