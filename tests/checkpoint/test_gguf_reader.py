@@ -449,6 +449,10 @@ def test_cut_anywhere_and_bits_turned_anywhere(tmp_path: Path) -> None:
             checkpoint.open(str(tmp_path / "x.gguf")).formats  # noqa: B018
 
 
+LONG: dict[str, Any] = {
+    "tokenizer.ggml.tokens": [f"{i:04}" + "a" * 1000 for i in range(300)],
+    "tokenizer.ggml.scores": np.zeros(300, np.float32),
+}
 TOKENS: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 
 
@@ -461,6 +465,7 @@ TOKENS: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": 
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "no merges"),
         ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": np.ones(3, np.int32)}, "1 tokens and 3 types"),
         ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.model": "llama"}, "no score for each token"),
+        ({"tokenizer.ggml.model": "llama", **LONG}, "too long to be told apart"),
         ({"tokenizer.ggml.model": "t5"}, "of kind 't5' is not read"),
         ({"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.pre": "falcon"}, "cuts words as 'falcon'"),
     ],
