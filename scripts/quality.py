@@ -6,7 +6,7 @@
 Every candidate is measured against its own engine's original: perplexity and KL divergence on the same windows of
 text. llama.cpp reads the GGUF that hasten writes (f16) and quantises it itself: "+imatrix" after a type's name stands
 for its importance matrix, made by its tool of the same calibration text, ":pure" for head and embedding of that type
-too. Bytes are those of all matrices, head included.
+too. Bytes are those of all matrices, head included, per weight of the original. --own also takes recipes (*.yaml).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hasten import checkpoint, formats
+from hasten import checkpoint
 from hasten.bench import contenders
 from hasten.bench.peers import llama_cpp
 from hasten.bench.peers.common import Environment, PeerError, Runner
 from hasten.checkpoint.gguf import write_gguf
-from hasten.compress import stream
+from hasten.compress import recipe, restructure
 from hasten.compress.recipe import Choice
 from hasten.engine import memory
 from hasten.evaluate import perplexity
@@ -80,25 +80,26 @@ def main() -> int:
 
 
 def own(model, specs, calibration, windows):
+    """`specs`: FORMAT:METHOD for all matrices, or the path of a recipe."""
     original = model.weights()
     parameters = sum(int(np.prod(s.shape)) for s in model.graph.matrices())
+    kv_format = memory.kv_format(model.formats.values())
     for spec in specs:
         print(f"hasten {spec}", file=sys.stderr, flush=True)
+        given = recipe.read(Path(spec)) if spec.endswith(".yaml") else None
         name, _, method = spec.partition(":")
-        choices = {m.name: Choice(name, method) for m in model.graph.matrices()}
-        task = stream.Task(model, choices, calibration, memory.kv_format(model.formats.values()))
+        plan = given.structure.plan(model.graph, model.structure) if given and given.structure else None
+        names = plan.names if plan else [m.name for m in model.graph.matrices()]
+        choices = given.assign(names) if given else dict.fromkeys(names, Choice(name, method))
+        how = restructure.Run(calibration, kv_format, folds=given.folds if given else ())
         with tempfile.TemporaryDirectory() as folder:
-            weights = stream.compress(task, Path(folder) / "work")
-            found = perplexity.measure(model.graph, weights, windows, reference=(model.graph, original))
+            made, weights = restructure.compress(model, plan, choices, how, Path(folder) / "work")
+            found = perplexity.measure(made.graph, weights, windows, reference=(model.graph, original))
+            size = sum(weights[m.name].nbytes for m in made.graph.matrices())
         before = float(np.exp(-np.concatenate(found.reference_logprobs).mean()))
-        size = sum(formats.get(name).nbytes(*m.shape) for m in model.graph.matrices())
-        yield Row(
-            f"hasten {spec.replace(':', ' ')}",
-            size * 8 / parameters,
-            found.perplexity,
-            found.perplexity / before - 1,
-            found.kl_divergence,
-        )
+        growth = found.perplexity / before - 1
+        label = f"hasten {Path(spec).stem if given else spec.replace(':', ' ')}"
+        yield Row(label, size * 8 / parameters, found.perplexity, growth, found.kl_divergence)
 
 
 def theirs(model, types, calibration, windows):
