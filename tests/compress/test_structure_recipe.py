@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import small_model
 import yaml
+from support import tiny_graph
 
 from hasten import LLM, SamplingParams, checkpoint
 from hasten.backends import reference
@@ -18,7 +19,7 @@ from hasten.compress import restructure, structure_recipe
 from hasten.compress.recipe import parse
 from hasten.errors import InputError
 from hasten.evaluate import perplexity
-from hasten.graph.structure import LowRank, Narrow, Structure
+from hasten.graph.structure import LowRank, Narrow, Structure, restructured
 
 MLP, ATTENTION = "model.layers.{}.mlp.{}_proj.weight", "model.layers.{}.self_attn.{}_proj.weight"
 
@@ -259,3 +260,12 @@ def test_folds_go_with_structure_but_not_by_block_with_residuals(original: Path,
     if fold == "awq":
         with pytest.raises(InputError, match="with a residual cannot go with fold: awq"):
             compress.run(compress.Options(str(original), tmp_path / "x", tmp_path / "r.yaml", tmp_path / "text"))
+
+
+def test_factors_are_not_factored_again() -> None:
+    graph = restructured(tiny_graph(), Structure(low_rank={"blocks.0.up.weight": LowRank(4)}))
+    recipe = structure_recipe.parse({"low_rank": [{"match": "*.right", "rank": 2}]})
+    with pytest.raises(InputError, match=r"'\*\.right' matches no matrix that is left"):
+        recipe.plan(graph, Structure(low_rank={"blocks.0.up.weight": LowRank(4)}))
+    again = structure_recipe.parse({"low_rank": [{"match": "blocks.0.q.*", "rank": 2}]}).plan(graph, Structure())
+    assert list(again.factored) == ["blocks.0.q.weight"]

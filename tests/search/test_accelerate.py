@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from search.tiny_model import write_model, write_text
 
 from hasten import checkpoint, formats
 from hasten.bench.machine import Limits
+from hasten.checkpoint import safetensors
 from hasten.cli.main import main
 from hasten.errors import InputError, MemoryLimitError, OutputError
 from hasten.evaluate import perplexity
@@ -137,6 +139,37 @@ def test_the_recipe_in_the_artifact_makes_as_good_a_model(files, tmp_path, monke
         perplexity.measure(m.graph, m.weights(), windows, reference=reference).kl_divergence for m in (first, second)
     ]
     assert 0 < lost[1] < 1.5 * lost[0]
+
+
+def test_it_may_end_with_another_shape(files, tmp_path) -> None:
+    """A quarter of the feed-forward channels reach nothing: the search finds that, and proves the narrower model."""
+    folder = write_model(tmp_path / "wide", feed_forward=256)
+    file = safetensors.File(folder / "model.safetensors")
+    arrays = {name: np.array(file.array(name)) for name in file.tensors if not name.startswith("__")}
+    rng = np.random.default_rng(0)
+    for name, values in arrays.items():
+        if name.endswith("down_proj.weight"):
+            values[:, rng.choice(256, 64, replace=False)] = 0
+    (folder / "model.safetensors").unlink()
+    safetensors.write(folder / "model.safetensors", arrays)
+    outcome, notes = run(settings((folder, files[1]), tmp_path / "fast", budget="kl=0.05", objective="memory"))
+    document = outcome.document
+    assert outcome.output is not None, outcome.reason
+    assert document["shape"], document["shapes"]
+    assert document["shape"]["name"] == "feed-forwards of 3/4", document["shapes"]
+    assert any("the search ends with feed-forwards of 3/4" in note for note in notes)
+    made, original = checkpoint.open(str(outcome.output)), checkpoint.open(str(folder))
+    assert {narrow.feed_forward for narrow in made.structure.narrowed.values()} == {192}
+    assert document["before"]["bits_per_weight"] == 32
+    assert document["after"]["matrix_bytes"] == sum(w.nbytes for w in made.weights().values() if hasattr(w, "arrays"))
+    assert document["parameters"] == original.graph.parameters() > made.graph.parameters()
+    final = original.tokenizer.encode(files[1].read_text(), special=False)[-1024:]
+    windows = [np.asarray(final[i : i + 256], np.int32) for i in range(0, 1024, 256)]
+    found = perplexity.measure(made.graph, made.weights(), windows, reference=(original.graph, original.weights()))
+    assert found.kl_divergence < 0.1
+    assert "feed-forwards of 3/4" in (outcome.output / "report.html").read_text()
+    recipe = yaml.safe_load((outcome.output / "recipe.yaml").read_text())
+    assert recipe["structure"] == {"feed_forward": {"keep": "75%"}}
 
 
 def test_nothing_faster(files, tmp_path, monkeypatch, capsys) -> None:

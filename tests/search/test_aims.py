@@ -97,9 +97,9 @@ def rated(monkeypatch, rate) -> None:
         cost, "seconds", lambda site, cold, threads: 1e-8 * formats.get(site.format).nbytes(*site.shape)
     )
 
-    def compare(graph, original, candidates, **others):
-        run, speeds = real(graph, original, candidates, **{**others, "rounds": 1})
-        whole = size(original)
+    def compare(original, graph, candidates, **others):
+        run, speeds = real(original, graph, candidates, **{**others, "rounds": 1})
+        whole = size(original[1])
         rates = [rate(size(c) / whole) for c in candidates]
         first = replace(run, decode_tokens_per_second=100.0)
         return first, [

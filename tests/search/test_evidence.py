@@ -194,7 +194,7 @@ def test_a_calibration_text_of_another_kind_is_said(tmp_path, monkeypatch) -> No
     said: list[str] = []
     job = SimpleNamespace(
         texts=SimpleNamespace(calibration=calibration, search=search),
-        key="k", graph=None, original={}, threads=1, report=lambda *a: None, say=said.append,
+        key="k", graph=None, original={}, reference=(None, {}), threads=1, report=lambda *a: None, say=said.append,
         stage=lambda name: nullcontext(),
     )  # fmt: skip
     for number, (perplexity, expected) in enumerate([(10.0, 0), (29.0, 0), (31.0, 1), (math.inf, 1)]):

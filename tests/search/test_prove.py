@@ -56,7 +56,14 @@ class World:
 def prove(folder: Path, count: int = 3, objective: str = "decode"):
     budget, notes = parse_all("ppl=1%"), []
     job = SimpleNamespace(
-        key="k", budget=budget, graph=None, original={}, threads=1, report=lambda *a: None, say=notes.append
+        key="k",
+        budget=budget,
+        graph=None,
+        original={},
+        reference=(None, {}),
+        threads=1,
+        report=lambda *a: None,
+        say=notes.append,
     )
     job.stage = lambda name: nullcontext()
     job.objective, job.original_allowed = Objective(objective), True

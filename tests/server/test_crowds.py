@@ -143,7 +143,7 @@ def test_a_thousand_connections(llm: LLM) -> None:
                     kind = kinds[3 if number % 20 == 3 else number % 3]
                     crowd.enter_context(closing(connect(server))).sendall(kind)
                 eventually(lambda: len(server.uvicorn.server_state.connections) > 1000, 60)
-                assert descriptors() >= before + 2000
+                assert descriptors() >= before + 1900  # some of those that read nothing have ended already
                 assert threading.active_count() < threads + 40  # connections have no threads of their own
                 for _ in range(3):
                     assert server.post("/v1/completions", ASK).json()["choices"] == expected

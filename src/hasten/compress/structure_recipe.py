@@ -174,7 +174,7 @@ def _by_block(
 
 
 def _factored(rules: Sequence[Factoring], graph: Graph) -> dict[str, Factoring]:
-    names = [m.name for m in graph.matrices()]
+    names = [m.name for m in graph.matrices() if not m.name.endswith((LEFT, RIGHT))]  # factors are not factored again
     found: dict[str, Factoring] = {}
     for rule in rules:
         own = [name for name in names if fnmatchcase(name, rule.match)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hasten import checkpoint
+from hasten.backends.batch import Int32
 from hasten.bench import peak
 from hasten.bench.latency import Run
 from hasten.compress import calibrate
@@ -35,6 +36,7 @@ from hasten.search import (
     samples,
     schedule,
     sensitivity,
+    structures,
     target,
     texts,
 )
@@ -47,8 +49,10 @@ from hasten.search.prove import Proof, prove
 from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
 from hasten.search.samples import Sample
-from hasten.search.trials import Trials
+from hasten.search.trials import Trials, digest
 
+CHEAPER = 0.98
+"""Of the cost that the best candidate of the given shape has: another shape must do better than that."""
 UNLIKE, UNLIKE_TOKENS = 3.0, 2048
 """Texts whose perplexities are this far apart are not of one kind."""
 
@@ -77,11 +81,15 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         compare_texts(job, trials)
         packer = Packer(job.original, job.model.tensor, statistics.inputs, job.packed)
         space, times = explore(job, statistics, packer, trials)
+        start = Start(job, packer, space, times)
         each = seconds_per_token(job, trials)
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
-        refiner, proof = refine(job, space, packer, sample, finals[0], most, each, before, trials)
+        refiner, proof = refine(start, sample, finals[0], most, each, before, trials)
+        if not job.objective.target:
+            start, refiner = other_shape(start, refiner, sample, finals[0], most, trials)
+            job, packer, times = start.job, start.packer, start.times
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
             made = document.make(job, refiner, proof, times, None)
@@ -100,7 +108,7 @@ def calibrated(job: Job, trials: Trials) -> Statistics:
     flat = np.concatenate(job.texts.calibration)[: schedule.calibration(job, trials)]
     job.texts = texts.replace_calibration(job.texts, texts.split(flat, context))
     windows = job.texts.calibration
-    folder = trials.folder / f"calibration-{texts.digest([flat])}"
+    folder = trials.folder / calibration_name(job, flat)
     fact = [job.key, folder.name, context]
     with job.stage("calibration"):
         if (folder / "statistics.npz").exists() and trials.get("calibration", fact) is not None:
@@ -120,6 +128,11 @@ def calibrated(job: Job, trials: Trials) -> Statistics:
     statistics.save(folder)
     trials.put("calibration", fact, {"seconds_per_token": job.seconds["calibration"] / statistics.tokens})
     return statistics
+
+
+def calibration_name(job: Job, tokens: Int32) -> str:
+    shape = f"-{digest(job.shape)[:8]}" if job.shape else ""
+    return f"calibration-{texts.digest([tokens])}{shape}"
 
 
 def ask_original(job: Job, trials: Trials) -> None:
@@ -156,7 +169,7 @@ def compare_texts(job: Job, trials: Trials) -> None:
 def seconds_per_token(job: Job, trials: Trials) -> float:
     """Of the original, in chunks: as the first calibration took, so that a run continued decides as it did before."""
     flat = np.concatenate(job.texts.calibration)
-    name = f"calibration-{texts.digest([flat])}"
+    name = calibration_name(job, flat)
     found = trials.get("calibration", [job.key, name, min(job.graph.context, 512)])
     assert found is not None
     return float(found["seconds_per_token"])
@@ -198,10 +211,53 @@ def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) ->
     return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found]), times
 
 
+@dataclass(frozen=True)
+class Start:
+    """What candidates are made of: a shape of the model, with its matrices' choices."""
+
+    job: Job
+    packer: Packer
+    space: Space
+    times: dict[Site, float]
+
+
+def other_shape(
+    start: Start, refiner: Refiner, sample: Sample, final: Sample, most: int | None, trials: Trials
+) -> tuple[Start, Refiner]:
+    """Where the search ends: `start`, or the best other shape of the model that is worth it, if that came out cheaper.
+
+    It must be clearly cheaper by its best candidate that fits: a shape of its own is one that others cannot serve.
+    """
+    job = start.job
+    if not schedule.shapes(job, trials):
+        return start, refiner
+    with job.stage("shapes"):
+        found = structures.candidates(job, trials)
+    job.shapes += [shape.json() for shape in found]
+    usable = [shape for shape in found if shape.refused is None]
+    if not usable:
+        return start, refiner
+    shape = usable[0]
+    with job.stage("shapes"):
+        other = job.starting(shape.model, {"name": shape.name, "recipe": dict(shape.recipe), **shape.json()})
+    statistics = calibrated(other, trials)
+    packer = Packer(other.original, other.model.tensor, statistics.inputs, other.packed // 2)
+    space, times = explore(other, statistics, packer, trials)
+    space = replace(space, before=(start.space.original_cost, start.space.original_bytes))
+    begun = Start(other, packer, space, times)
+    tried, _ = refine(begun, sample, final, most, seconds_per_token(other, trials), None, trials)
+    pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]
+    if pair[1] < CHEAPER * pair[0]:
+        job.say(
+            f"the search ends with {shape.name}: its best candidate's matrices are predicted to take "
+            f"{pair[1] / pair[0]:.0%} of what those of the best one with all of them do"
+        )
+        return begun, tried
+    return start, refiner
+
+
 def refine(
-    job: Job,
-    space: Space,
-    packer: Packer,
+    start: Start,
     sample: Sample,
     final: Sample,
     most: int | None,
@@ -210,8 +266,11 @@ def refine(
     trials: Trials,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
+    job, space, packer = start.job, start.space, start.packer
     key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
-    judge = Judge(job.graph, job.original, sample, job.budget, job.threads, trials, key, job.report, job.key)
+    graph, original = job.reference
+    first = graph if job.shape else None
+    judge = Judge(job.graph, original, sample, job.budget, job.threads, trials, key, job.report, job.given_key, first)
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
     later = schedule.reserve(job, each, final.tokens)
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
@@ -241,7 +300,9 @@ def write(
     before, after = proof.final[chosen.name]
     measurements = {"budget": str(job.budget), **proof.attempts[-1].figures}
     with job.stage("writing"):
-        checkpoint.write_artifact(staging, job.model, weights, document.recipe(chosen.choices), measurements)
+        checkpoint.write_artifact(
+            staging, job.model, weights, document.recipe(chosen.choices, (job.shape or {}).get("recipe")), measurements
+        )
         verify(job, staging, weights)
     with job.stage("memory"):
         peaks = peak_memory(job, staging)

@@ -27,8 +27,8 @@ def measure(job: Job, weights: Weights, each: float) -> list[Json]:
     while sizes:
         try:
             subjects = [
-                latency.Loaded(job.graph, own, prompt=prompt, new=new, batch=max(sizes), threads=job.threads)
-                for own in (job.original, weights)
+                latency.Loaded(graph, own, prompt=prompt, new=new, batch=max(sizes), threads=job.threads)
+                for graph, own in (job.reference, (job.graph, weights))
             ]
             break
         except MemoryLimitError:

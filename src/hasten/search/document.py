@@ -46,7 +46,7 @@ def make(
     document: Json = {
         "model": settings.model,
         "architecture": str(job.model.config.get("model_type", "")),
-        "parameters": job.graph.parameters(),
+        "parameters": job.reference[0].parameters(),
         "output": str(settings.output) if chosen else None,
         "objective": job.objective.name,
         "aim": {
@@ -70,6 +70,8 @@ def make(
             name: {"source": job.texts.sources[name], "tokens": sum(len(w) for w in getattr(job.texts, name))}
             for name in ("calibration", "search", "final")
         },
+        "shape": job.shape,
+        "shapes": job.shapes,
         "seen": job.texts.seen,
         "context": job.texts.context,
         "notes": job.notes,
@@ -115,11 +117,10 @@ def parts(job: Job, readings: Readings) -> list[Json]:
 def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> Json:
     assert proof.chosen is not None
     figures = proof.attempts[-1].figures
-    original = {t.name: t.choices[0] for t in refiner.space.tensors}
-    parameters = sum(t.parameters for t in refiner.space.tensors)
+    parameters = sum(s.shape[0] * s.shape[1] for s in job.reference[0].matrices())
     machine = final.after.run.limits
 
-    def side(name: str, run: Run, disk: int, memory: int | None, choices: Mapping[str, Choice]) -> Json:
+    def side(name: str, run: Run, disk: int, memory: int | None, matrices: int) -> Json:
         speeds = asdict(run)
         speeds.pop("limits")
         return {
@@ -128,18 +129,20 @@ def before_and_after(job: Job, refiner: Refiner, proof: Proof, final: Final) -> 
             "top1_agreement": 1.0 if name == "before" else figures["top1_agreement"],
             **speeds,
             "rate": speed.rate(run, job.objective),
-            "matrix_bytes": refiner.space.bytes(choices),
+            "matrix_bytes": matrices,
             "bytes_on_disk": disk,
             "peak_memory": memory,
-            "bits_per_weight": 8 * refiner.space.bytes(choices) / parameters,
+            "bits_per_weight": 8 * matrices / parameters,
         }
 
     aim, gains = job.objective, {"decode": final.after.decode, "prefill": final.after.prefill}
     if final.after.together:
         gains["throughput"] = final.after.together
     return {
-        "before": side("before", final.before, job.model.bytes_on_disk, final.peak_memory[0], original),
-        "after": side("after", final.after.run, final.bytes_on_disk, final.peak_memory[1], proof.chosen.choices),
+        "before": side(
+            "before", final.before, job.given.bytes_on_disk, final.peak_memory[0], refiner.space.original_bytes
+        ),
+        "after": side("after", final.after.run, final.bytes_on_disk, final.peak_memory[1], proof.chosen.bytes),
         "speedup": {name: asdict(gain) for name, gain in gains.items()},
         "timed": {"prompt": aim.prompt, "new": aim.new, "batch": aim.batch},
         "limits": asdict(machine),
@@ -186,7 +189,7 @@ def candidate(job: Job, tried: Tried, proof: Proof, refiner: Refiner) -> Json:
         "readings": parts(job, tried.readings),
         "recipe": summary(tried.choices),
         "cost": tried.cost,
-        "cost_of_original": refiner.space.cost(refiner.space.original),
+        "cost_of_original": refiner.space.original_cost,
         "bytes": tried.bytes,
         "speedup": {"decode": asdict(timed.decode), "prefill": asdict(timed.prefill)} if timed else None,
         "rate": speed.rate(timed.run, job.objective) if timed and timed.run else None,
@@ -218,6 +221,7 @@ def refused(refiner: Refiner, times: Mapping[Site, float]) -> list[Json]:
     return list(found.values())
 
 
-def recipe(choices: Mapping[str, Choice]) -> Json:
-    """Choices as the recipe that `hasten compress` would take."""
-    return {"tensors": [{"match": n, "format": c.format, "method": c.method} for n, c in choices.items()]}
+def recipe(choices: Mapping[str, Choice], structure: Mapping[str, Any] | None = None) -> Json:
+    """Choices, and the shape they are of, as the recipe that `hasten compress` would take."""
+    shape = {"structure": dict(structure)} if structure else {}
+    return {**shape, "tensors": [{"match": n, "format": c.format, "method": c.method} for n, c in choices.items()]}

@@ -95,8 +95,41 @@ class Job:
     notes: list[str] = field(default_factory=list)
     peers: Json | None = None
     """What `hasten.search.peers` read."""
+    before: tuple[Model, Weights] | None = None
+    """The model that was given, where the search starts from another shape of it."""
+    shape: Json | None = None
+    """That shape: its name and what a recipe's `structure` says."""
+    shapes: list[Json] = field(default_factory=list)
+    """All that were measured."""
     original_allowed: bool = True
     """Whether the original keeps the memory allowed: if not, the best is asked for and not one that is faster."""
+
+    @property
+    def given(self) -> Model:
+        """The model that was given."""
+        return self.before[0] if self.before else self.model
+
+    @property
+    def reference(self) -> tuple[Graph, Weights]:
+        """What candidates are measured beside: the model that was given."""
+        return (self.before[0].graph, self.before[1]) if self.before else (self.graph, self.original)
+
+    @property
+    def given_key(self) -> Json:
+        """What measurements of the model that was given depend on."""
+        return self.key[:-1] if self.before else self.key
+
+    def starting(self, model: Model, shape: Json) -> Job:
+        """This job from another shape of its model."""
+        return replace(
+            self,
+            model=model,
+            graph=model.graph,
+            original=model.weights(self.report),
+            before=(self.model, self.original),
+            shape=shape,
+            key=[*self.key, shape["structure"]],
+        )
 
     def say(self, text: str) -> None:
         """Tell the user now, and in the report."""

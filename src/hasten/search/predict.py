@@ -78,7 +78,7 @@ def predictions(
 
 def compose(refiner: Refiner, candidate: Tried, original: float) -> float:
     """The candidate's time as a share of the original's, which took `original` seconds."""
-    return 1 - (refiner.space.cost(refiner.space.original) - candidate.cost) / original
+    return 1 - (refiner.space.original_cost - candidate.cost) / original
 
 
 def near(found: list[Prediction]) -> float | None:

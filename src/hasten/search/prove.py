@@ -139,7 +139,7 @@ def confirmed(job: Job, refiner: Refiner, proof: Proof, chosen: Tried) -> bool:
             run, (own,) = compare(job, refiner, [chosen], FINAL_ROUNDS)
         proof.final[chosen.name] = run, own
     if job.objective.name == "memory":
-        return chosen.bytes < refiner.space.bytes(refiner.space.original)
+        return chosen.bytes < refiner.space.original_bytes
     own = proof.final[chosen.name][1]
     if job.objective.target:
         return reached(job, proof, chosen, speed.rate(own.run, job.objective))
@@ -167,8 +167,8 @@ def reached(job: Job, proof: Proof, chosen: Tried, rate: float) -> bool:
 def compare(job: Job, refiner: Refiner, chosen: Sequence[Tried], rounds: int) -> tuple[Run, list[Speed]]:
     """Candidates timed in turn with the original."""
     return speed.compare(
+        job.reference,
         job.graph,
-        job.original,
         [refiner.model(t.choices) for t in chosen],
         objective=job.objective,
         threads=job.threads,
@@ -196,7 +196,7 @@ def fastest(job: Job, refiner: Refiner, proof: Proof, rejected: Sequence[str]) -
         return most_faithful(job, proof, fitting)
     fitting = sorted(fitting, key=lambda t: (t.cost, t.reading.estimate))[:CONTENDERS]
     if job.objective.name == "memory":
-        most = refiner.space.bytes(refiner.space.original)
+        most = refiner.space.original_bytes
         return next((t for t in fitting if t.bytes < most), None)
     time(job, refiner, proof, [t for t in fitting if t.name not in proof.speeds])
     gains = {t.name: proof.speeds[t.name].gain(job.objective.name) for t in fitting}
@@ -262,13 +262,15 @@ def evaluate(job: Job, refiner: Refiner, chosen: Tried, sample: Sample, number: 
     level = LEVELS[min(number, len(LEVELS)) - 1]
     weights = refiner.model(chosen.choices)
     report = lambda _, done, total: job.report("proof on held-out text", done, total)  # noqa: E731
-    found = quality.score(job.graph, weights, sample.windows, job.original, job.threads, report)
+    graph, original = job.reference
+    found = quality.score(job.graph, weights, sample.windows, original, job.threads, report, graph)
     readings = []
     shown: dict[str, Any] = figures(found) if found else {"tokens": sample.tokens}
     for budget in job.budget.parts:
         if budget.file:
             task = sample.tasks[budget.file]
-            pair = [task.right(job.graph, own, job.threads, report) for own in (job.original, weights)]
+            models = (job.reference, (job.graph, weights))
+            pair = [task.right(graph, own, job.threads, report) for graph, own in models]
             readings.append(quality.task_reading(pair[0], pair[1], level))
             shown.setdefault("tasks", {})[str(budget.file)] = {
                 "before": float(pair[0].mean()),

@@ -167,15 +167,19 @@ def score(
     reference: Weights | None,
     threads: int,
     report: Callable[[str, int, int], None],
+    reference_graph: Graph | None = None,
 ) -> Evaluation | None:
-    """`weights` measured on a text, beside `reference` where given; None where their output is not a number."""
+    """`weights` measured on a text, beside `reference` where given; None where their output is not a number.
+
+    `reference_graph`: of `reference`, where it is another.
+    """
     try:
         with np.errstate(over="ignore"):
             return perplexity.measure(
                 graph,
                 weights,
                 windows,
-                reference=(graph, reference) if reference else None,
+                reference=(reference_graph or graph, reference) if reference else None,
                 threads=threads,
                 report=report,
             )
@@ -229,6 +233,8 @@ class Judge:
     report: Report
     model_key: Json = None
     """What measurements of the original alone depend on."""
+    original_graph: Graph | None = None
+    """Where the candidates have another."""
 
     def read(self, name: str, facts: Json, weights: Callable[[], Weights]) -> Readings:
         """The readings of the candidate that `weights()` makes; `facts` say which it is."""
@@ -244,7 +250,7 @@ class Judge:
 
     @cached_property
     def _original_logprobs(self) -> list[Float32]:
-        found = self._score("scoring the original", self.original, None)
+        found = self._score("scoring the original", self.original, None, self.original_graph)
         if found is None:
             raise CheckpointError("the model's log-probabilities are not finite", "its weights may be damaged")
         return found.logprobs
@@ -261,12 +267,15 @@ class Judge:
 
     def _on_task(self, name: str, budget: Budget, facts: Json, weights: Callable[[], Weights]) -> Reading:
         assert budget.file is not None
-        task, common = self.sample.tasks[budget.file], (self.graph, self.threads, self.trials)
-        key = [self.model_key, "original"]
-        original = asked(task, *common, key, lambda: self.original, "asking the original", self.report)
-        own = asked(task, *common, [self.key, facts], weights, f"asking {name}", self.report)
+        task, common = self.sample.tasks[budget.file], (self.threads, self.trials)
+        key, first = [self.model_key, "original"], self.original_graph or self.graph
+        original = asked(task, first, *common, key, lambda: self.original, "asking the original", self.report)
+        own = asked(task, self.graph, *common, [self.key, facts], weights, f"asking {name}", self.report)
         return task_reading(original, own)
 
-    def _score(self, stage: str, weights: Weights, reference: Weights | None) -> Evaluation | None:
+    def _score(
+        self, stage: str, weights: Weights, reference: Weights | None, graph: Graph | None = None
+    ) -> Evaluation | None:
         report = lambda _, done, total: self.report(stage, done, total)  # noqa: E731
-        return score(self.graph, weights, self.sample.windows, reference, self.threads, report)
+        own, windows = graph or self.graph, self.sample.windows
+        return score(own, weights, windows, reference, self.threads, report, self.original_graph)

@@ -75,6 +75,17 @@ class Space:
     def _bytes(self) -> list[list[float]]:
         return [[float(nbytes(t, c)) for c in t.choices] for t in self.tensors]
 
+    before: tuple[float, int] | None = None
+    """Cost and bytes of the model that was given, where the search started from another shape of it."""
+
+    @property
+    def original_cost(self) -> float:
+        return self.before[0] if self.before else self.cost(self.original)
+
+    @property
+    def original_bytes(self) -> int:
+        return self.before[1] if self.before else self.bytes(self.original)
+
     @property
     def original(self) -> Choices:
         return {t.name: t.choices[0] for t in self.tensors}

@@ -22,7 +22,7 @@ Json = dict[str, Any]
 
 def write(folder: Path, document: Json, choices: Mapping[str, Choice]) -> None:
     """Raises OutputError where the folder cannot take them."""
-    recipe = yaml.safe_dump(documents.recipe(choices), sort_keys=False)
+    recipe = yaml.safe_dump(documents.recipe(choices, (document["shape"] or {}).get("recipe")), sort_keys=False)
     files = {
         "report.json": json.dumps(document, indent=1) + "\n",
         "report.md": markdown(document),

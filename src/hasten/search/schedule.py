@@ -30,6 +30,8 @@ MEASURED = 8
 CORE = ("int8-g64", "int4-g32", "int4-g64", "codebook4-g64")
 FEWEST = ("int8-g64", "int4-g64")
 """Formats that are tried where there is no time for all, nor for those."""
+SHAPES_SECONDS = 600.0
+"""A search that has taken longer than this with the model's own shape does not begin again with another."""
 TIMING_SECONDS = 8.0
 """That timing candidates takes about, warming up included, each time."""
 
@@ -75,6 +77,14 @@ def trimmed(job: Job, found: Sequence[Tensor], packer: Packer, trials: Trials) -
         return list(found)
     job.say(f"to keep within {job.settings.minutes:g} minutes only {', '.join(kept)} are tried")
     return [replace(t, choices=tuple(c for c in t.choices if c.is_original or c.format in kept)) for t in found]
+
+
+def shapes(job: Job, trials: Trials) -> bool:
+    """Whether other shapes of the model are looked at: where time is not limited, and the search so far was quick."""
+    if job.clock.limited:
+        return False
+    facts = ["shapes", job.key]
+    return bool(trials.measure("schedule", facts, lambda: sum(job.seconds.values()) < SHAPES_SECONDS))
 
 
 def sensitivities(job: Job, found: Sequence[Tensor], each: float, available: int, trials: Trials) -> Plan:

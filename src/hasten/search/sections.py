@@ -25,7 +25,7 @@ class Section:
 
 def sections(document: Json) -> list[Section]:
     """Those that have something to tell."""
-    found = [contributions(document), other(document), at_batches(document), predicted(document)]
+    found = [f(document) for f in (contributions, shapes, other, at_batches, predicted)]
     peers = scatter.beside(document)
     if peers:
         note = f"Peers as measured on {document['peers']['machine']}, in a run of their own."
@@ -58,6 +58,25 @@ def contributions(document: Json) -> Section:
         "is small beside the candidates' intervals is chance."
     )
     return Section("What bought what", head, rows, note)
+
+
+def shapes(document: Json) -> Section:
+    """Other shapes of the model that a search may start from, and what became of them."""
+    ended = (document["shape"] or {}).get("name")
+    cost = "bytes" if document["objective"] == "memory" else "time"
+    rows = [
+        (
+            one["name"],
+            f"{one['parameters']:.1%}",
+            f"{one['cost']:.1%}",
+            "" if one["loss"] is None else f"{one['loss']:.4f}",
+            "the search ends with it" if one["name"] == ended else one["refused"] or "",
+        )
+        for one in document["shapes"]
+    ]
+    note = "Each alone, in the model's own formats, on calibration text that it was not fitted to."
+    head = ("", "parameters", f"matrices' {cost}", "KL divergence, nats", "")
+    return Section("Other shapes", head, rows, note)
 
 
 def _difference(part: Json, first: float | None, second: float | None) -> str:

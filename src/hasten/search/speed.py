@@ -57,8 +57,8 @@ def rate(run: Run, objective: Objective) -> float:
 
 
 def compare(
+    original: tuple[Graph, Weights],
     graph: Graph,
-    original: Weights,
     candidates: Sequence[Weights],
     *,
     objective: Objective,
@@ -66,11 +66,11 @@ def compare(
     rounds: int,
     report: Report,
 ) -> tuple[Run, list[Speed]]:
-    """The original's run, and each candidate's speed, with the objective's batch and lengths."""
+    """The original's run, and the speed of each candidate of `graph`, with the objective's batch and lengths."""
     prompt, new, batch = objective.prompt, objective.new, objective.batch
     subjects = [
-        latency.Loaded(graph, weights, prompt=prompt, new=new, batch=batch, threads=threads)
-        for weights in (original, *candidates)
+        latency.Loaded(own, weights, prompt=prompt, new=new, batch=batch, threads=threads)
+        for own, weights in (original, *((graph, weights) for weights in candidates))
     ]
     ((runs, times),) = latency.time_in_turn(subjects, [batch], threads=threads, rounds=rounds, progress=report)
     first = times[0]

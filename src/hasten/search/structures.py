@@ -86,8 +86,10 @@ class Shape:
 def candidates(job: Job, trials: Trials, recipes: Mapping[str, Mapping[str, Any]] = RECIPES) -> list[Shape]:
     """Every shape that the model can take, measured, those worth exploring first, the cheapest of them before others.
 
-    A recipe that the architecture has no place for is left out.
+    A recipe that the architecture has no place for is left out; a model of its own shape keeps it.
     """
+    if job.model.structure:  # its maker chose it
+        return []
     fit, held_out = _split(job)
     found = []
     for done, (name, recipe) in enumerate(recipes.items()):

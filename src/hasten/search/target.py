@@ -24,8 +24,8 @@ def original(job: Job) -> Run:
     assert target
     with job.stage("timing"):
         run, _ = speed.compare(
+            job.reference,
             job.graph,
-            job.original,
             [],
             objective=job.objective,
             threads=job.threads,
@@ -48,7 +48,7 @@ def reach(job: Job, refiner: Refiner, proof: Proof, run: Run) -> None:
     """
     target, space = job.objective.target, refiner.space
     assert target
-    whole, cost = predict.seconds(run, job.objective), space.cost(space.original)
+    whole, cost = predict.seconds(run, job.objective), space.original_cost
     aim = predict.seconds_at(target.rate * MARGIN, job.objective)
     scale = 1.0  # seconds of a whole step for one of its matrices timed alone: as the last candidate showed
     seen: list[Choices] = []
