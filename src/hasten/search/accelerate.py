@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -175,9 +176,13 @@ def seconds_per_token(job: Job, trials: Trials) -> float:
     return float(found["seconds_per_token"])
 
 
-def explore(job: Job, statistics: Statistics, packer: Packer, trials: Trials) -> tuple[Space, dict[Site, float]]:
-    """Every matrix's choices with their costs and losses."""
+def explore(
+    job: Job, statistics: Statistics, packer: Packer, trials: Trials, only: Container[str] | None = None
+) -> tuple[Space, dict[Site, float]]:
+    """Every matrix's choices with their costs and losses; `only`: the formats that are looked at, besides its own."""
     found = tensors(job.graph, job.original)
+    if only is not None:
+        found = [replace(t, choices=tuple(c for c in t.choices if c.is_original or c.format in only)) for t in found]
     key = [job.key, texts.digest(job.texts.calibration)]
     with job.stage("candidates"):
         found = schedule.trimmed(job, found, packer, trials)
@@ -242,7 +247,10 @@ def other_shape(
         other = job.starting(shape.model, {"name": shape.name, "recipe": dict(shape.recipe), **shape.json()})
     statistics = calibrated(other, trials)
     packer = Packer(other.original, other.model.tensor, statistics.inputs, other.packed // 2)
-    space, times = explore(other, statistics, packer, trials)
+    # What the best candidate so far is made of: other formats have had their chance.
+    best = min((t for t in refiner.tried if t.fits), key=lambda t: t.cost, default=None)
+    only = {"int8-g64", *(c.format for c in best.choices.values())} if best else None
+    space, times = explore(other, statistics, packer, trials, only)
     space = replace(space, before=(start.space.original_cost, start.space.original_bytes))
     begun = Start(other, packer, space, times)
     tried, _ = refine(begun, sample, final, most, seconds_per_token(other, trials), None, trials)
