@@ -58,9 +58,8 @@ class Run:
     def task(self, model: Model, choices: Mapping[str, Choice]) -> Task:
         """The packing of what `model` has; a matrix that `choices` does not name stays as it is."""
         own = {m.name: choices.get(m.name, KEEP) for m in model.graph.matrices()}
-        by_block = tuple(name for name in self.folds if not folds.get(name).WHOLE)
         own_cache = self.kv_format if isinstance(self.kv_format, str) else model.kv_formats
-        return Task(model, own, self.windows, own_cache, self.threads, by_block)
+        return Task(model, own, self.windows, own_cache, self.threads, self.folds)
 
 
 def compress(

@@ -53,7 +53,7 @@ class Task:
     kv_format: KvFormat
     threads: int = 0
     folds: tuple[str, ...] = ()
-    """What is folded into each block's weights before they are packed (compress/folds)."""
+    """What is folded into weights before they are packed (compress/folds): in each block, or in `model` already."""
 
     def limits(self) -> Limits:
         return calibrate.limits_for(self.windows, self.kv_format, self.threads)
@@ -154,7 +154,7 @@ def _folded(task: Task, section: Graph, own: Mapping[str, Weight | Float32], hid
     Matrices that are to be packed are float32 until they are, others of the model's own format.
     """
     changed: New = {}
-    for name in task.folds:
+    for name in (n for n in task.folds if not folds.get(n).WHOLE):
         now = {**own, **changed}
         fold, seen = folds.get(name), Statistics(tokens=sum(len(w) for w in task.windows))
         if fold.NEEDS != "nothing" and hidden is not None:
