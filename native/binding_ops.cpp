@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -181,6 +182,28 @@ nb::tuple draw(const std::string& isa, Floats logits, float temperature, int32_t
   return nb::make_tuple(token, logprob, top_tokens, top_logprobs);
 }
 
+// values, moved, scales, kept [columns, rows], ahead [columns, columns], weights [columns] -> (made, lost) [columns, rows] and
+// the error [rows], as core.h's SweepArgs says. isa "" is the process's.
+nb::tuple sweep(const std::string& isa, Floats values, Floats moved, Floats ahead, Floats scales, Floats levels,
+                Floats weights, std::optional<Floats> kept) {
+  const size_t columns = values.shape(0), rows = values.shape(1), size = values.size();
+  if (columns > kSweepColumns || moved.size() != size || ahead.size() != columns * columns || scales.size() != size ||
+      levels.size() != kHalfLevels || weights.size() != columns || (kept && kept->size() != size))
+    throw std::invalid_argument("sweep: shapes do not go together");
+  auto made = make<float>({columns, rows}), lost = make<float>({columns, rows}), error = make<float>({rows});
+  const Kernels& kernels = isa.empty() ? active_kernels() : table(isa);
+  {
+    nb::gil_scoped_release release;
+    std::vector<float> divisors(scales.data(), scales.data() + size);
+    std::replace(divisors.begin(), divisors.end(), 0.0f, std::numeric_limits<float>::infinity());
+    kernels.sweep({.rows = static_cast<int64_t>(rows), .columns = static_cast<int64_t>(columns), .values = values.data(),
+                   .moved = moved.data(), .ahead = ahead.data(), .scales = scales.data(), .divisors = divisors.data(),
+                   .levels = levels.data(), .kept = kept ? kept->data() : nullptr, .weights = weights.data(),
+                   .made = made.data(), .lost = lost.data(), .error = error.data()});
+  }
+  return nb::make_tuple(made, lost, error);
+}
+
 }  // namespace
 
 void bind_ops(nb::module_& m) {
@@ -195,6 +218,8 @@ void bind_ops(nb::module_& m) {
   m.def("ops_attention", &attention, "isa"_a, "kv"_a, "block_size"_a, "q"_a, "k"_a, "v"_a, "keys"_a.noconvert(),
         "values"_a.noconvert(), "positions"_a, "starts"_a, "tables"_a, "scale"_a, "softcap"_a = 0.0f, "window"_a = 0,
         "causal"_a = true, "query_tile"_a = 16, "in_spans"_a = false);
+  m.def("sweep", &sweep, "isa"_a, "values"_a, "moved"_a, "ahead"_a, "scales"_a, "levels"_a, "weights"_a,
+        "kept"_a.none());
   m.def("ops_sample", &draw, "isa"_a, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "typical_p"_a,
         "repetition"_a, "presence"_a, "frequency"_a, "seed"_a, "position"_a, "history"_a, "prompt_length"_a, "bias_tokens"_a,
         "bias"_a, "banned"_a, "allowed"_a.none(), "top"_a);

@@ -152,6 +152,24 @@ struct AttentionArgs {
 };
 
 // Every function is single-threaded; the executor splits work by panel, token, row or (sequence, head), never a sum.
+// One block of columns of a sweep; matrices are [columns, rows] but for `ahead` [columns, columns].
+inline constexpr int64_t kSweepColumns = 128;    // at most
+inline constexpr int64_t kHalfLevels = 516;
+struct SweepArgs {
+  int64_t rows, columns;
+  const float* values;
+  const float* moved;      // by what earlier columns lost: values + moved is rounded
+  const float* ahead;      // [from, to]: by how much a column moves for what one before it lost
+  const float* scales;
+  const float* divisors;   // scales, infinite where these are zero
+  const float* levels;     // [kHalfLevels]: what a quotient q becomes, at floor(2 q) + kHalfLevels / 2
+  const float* kept;       // 0 where a weight is pruned, else 1; or null
+  const float* weights;    // [columns]: of a squared rounding error
+  float* made;             // what the values became
+  float* lost;             // values - made
+  float* error;            // [rows]: sum of weights * (values + moved - made)^2
+};
+
 struct Kernels {
   const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
@@ -195,6 +213,7 @@ struct Kernels {
   double (*divergence)(const float* p, const float* q, int64_t n);
   int64_t (*argmax)(const float* logits, int64_t n);                 // lowest index among equals
   void (*masses)(const float* logits, float top, float factor, int64_t n, float* out);   // e^((logit - top) * factor)
+  void (*sweep)(const SweepArgs& a);
 };
 
 const Kernels* scalar_kernels();

@@ -6,6 +6,8 @@ import contextlib
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,9 @@ def test_flags_in_the_text_exist(page: str) -> None:
         with contextlib.redirect_stdout(shown):
             main.main([name, "--help"])
         known.update(re.findall(r"--[a-z][a-z-]+", shown.getvalue()))
+    for script in set(re.findall(r"scripts/\w+\.py", text)):
+        told = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+        known.update(re.findall(r"--[a-z][a-z-]+", told.stdout))
     assert named - known == set()
 
 

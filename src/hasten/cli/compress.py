@@ -126,7 +126,7 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
         ]
         largest = max((shapes[s.name][0] * shapes[s.name][1] for s in section.matrices()), default=0)
         rows = ROWS + calibrate.CHUNK
-        gathered = sum(12 * w * w + 8 * rows * w for w in second)
+        gathered = sum(12 * w * w + 8 * rows * w for w in second) + 8 * max(second, default=0) ** 2  # the last factor
         made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
         weights, working = max(weights, own), max(working, stream.LIBRARIES + max(gathered, made))
     if "gradients" in asked.values():

@@ -84,7 +84,7 @@ def run(
 ) -> Hidden:
     """The graph's output for every window; `visit` sees each step's outputs, with the values in `keep` readable."""
     own = {name: weights[name] for name in graph.weights}
-    program = native.compile(graph, own, limits, keep=tuple(dict.fromkeys([*keep, graph.output])))
+    program = native.compile(graph, own, limits, keep=tuple(dict.fromkeys([*keep, graph.output])), tune=True)
     parts: list[list[Float32]] = [[] for _ in windows]
     for index, start, batch in feed.windows(windows, limits):
         if hidden is not None:

@@ -101,7 +101,7 @@ def _changed(plain: tuple[str, ...], slot: int, name: str) -> tuple[str, ...]:
 
 def _compile(graph: Graph, weights: Weights, limits: Limits, kv_format: KvFormat | None = None) -> Program:
     own = {name: weights[name] for name in graph.weights}
-    return native.compile(graph, own, limits if kv_format is None else replace(limits, kv_format=kv_format))
+    return native.compile(graph, own, limits if kv_format is None else replace(limits, kv_format=kv_format), tune=True)
 
 
 def _divergences(

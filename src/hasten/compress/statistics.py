@@ -16,7 +16,7 @@ from hasten.errors import CheckpointError, OutputError
 Hidden = list[Float32]
 """One array [tokens, width] a window."""
 VECTORS = ("moments", "magnitudes", "peaks")
-ROWS = 2048
+ROWS = 8192
 """Tokens gathered before their outer products are added: one large matrix product rather than many small ones."""
 
 

@@ -110,7 +110,7 @@ def measure(
 
     def program(graph: Graph, weights: Weights, asked: KvFormat) -> Program:
         kv = memory.kv_format((w.format.name for w in weights.values() if isinstance(w, Weight)), asked)
-        return native.compile(graph, weights, limits_for(graph, windows, kv_format=kv, threads=threads))
+        return native.compile(graph, weights, limits_for(graph, windows, kv_format=kv, threads=threads), tune=True)
 
     other = program(*reference, reference_kv_format) if reference else None
     return score(program(graph, weights, kv_format), windows, other, report)

@@ -298,7 +298,7 @@ def _program(
         kv_format=kv_format,
         threads=threads,
     )
-    return native.compile(graph, weights, limits)
+    return native.compile(graph, weights, limits, tune=True)
 
 
 def _batch(questions: Sequence[Question], step: Sequence[Part], limits: Limits) -> tuple[Batch, Int32, list[int]]:

@@ -134,7 +134,7 @@ def measure(
         if value is not None:
             found[place] = value
             trials.reused += 1
-    reference = native.compile(graph.tail(depth), _own(graph.tail(depth), original), limits)
+    reference = native.compile(graph.tail(depth), _own(graph.tail(depth), original), limits, tune=True)
     hidden: Hidden | None = None
     for block in range(-1, depth + 1):
         here = [(t, [c for c in choices if (t.name, c) not in found]) for t, choices in wanted if t.block == block]
@@ -185,7 +185,7 @@ def divergences(
 
     In lockstep: no logits are stored.
     """
-    programs = [native.compile(section, weights, limits) for weights in changed]
+    programs = [native.compile(section, weights, limits, tune=True) for weights in changed]
     sums = np.zeros(len(programs))
     for index, start, batch in feed.windows(windows, limits):
         stop = start + len(batch.tokens)

@@ -1,8 +1,10 @@
 """One column after another is rounded, and the columns still to come make up for what was lost: GPTQ and SparseGPT.
 
-For a layer's squared error the best change of the weights not yet fixed, after weight j was moved by e, is
--e U[j, j+1:] / U[j, j], with U the upper Cholesky factor of the inverse Hessian (Frantar et al. 2022, arXiv:2210.17323,
-eq. 4; Frantar and Alistarh 2023, arXiv:2301.00774). Rows do not depend on each other.
+With H = R R^T, R upper triangular, a row's squared error is |(w - q) R|^2, whose part j knows no q after q[j]. So q[j]
+is the level nearest to w[j] + sum_i<j (w[i] - q[i]) R[i, j] / R[j, j], and (that - q[j]) R[j, j] is left of part j.
+These are the values that optimal brain quantisation arrives at by way of inverse Hessians (Frantar et al. 2022,
+arXiv:2210.17323, eq. 4; Frantar and Alistarh 2023, arXiv:2301.00774), without an inverse: [H^-1][j, j] of the columns
+from j on is 1 / R[j, j]^2. Rows do not depend on each other.
 """
 
 from __future__ import annotations
@@ -10,95 +12,136 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hasten import _native
+from hasten.compress.methods._groups import Round
 from hasten.errors import FormatError
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Fix = Callable[[slice, int, Float32, Float32], Float32]
-"""(rows, column, values [rows], the block's values still to come [columns, rows]) -> the values that they become."""
+Prune = Callable[[slice, Float32], Float32]
+"""(columns, their values as they are now [rows, columns]) -> 0 where one is to become zero, else 1."""
 DAMPING = 0.01
 BLOCK = 128
+HALF_LEVELS = 516
+"""Of the table that rounds: quotients from -129 to 129, beyond every format's levels."""
 ROWS = 512
 """Rows swept together: a block of columns of them stays in the cache."""
 
 
-def factor(hessian: npt.NDArray[Any], order: npt.NDArray[Any], damping: float = DAMPING) -> Float32:
-    """U upper triangular with (H + d I)^-1 = U^T U, H's rows and columns taken in `order`; [in, in].
+@dataclass(frozen=True)
+class Factor:
+    """Of a Hessian: `ahead` holds R[i, j] / R[j, j] [in, in], `diagonal` R[j, j] [in]."""
+
+    ahead: Float32
+    diagonal: Float32
+
+
+def factor(hessian: npt.NDArray[Any], order: npt.NDArray[Any], damping: float = DAMPING) -> Factor:
+    """Of R upper triangular with H + d I = R R^T, H's rows and columns taken in `order`.
 
     `damping` is d relative to H's mean diagonal. A Hessian that is singular all the same is damped tenfold until it is
-    not; features that are always zero stay alone. Raises FormatError where that never ends.
+    not; features that are always zero stay alone. The last one is kept: matrices that read the same, and formats of one
+    matrix, come one after another. Raises FormatError where damping never ends.
     """
-    matrix = np.asarray(hessian)[np.ix_(order[::-1], order[::-1])].astype(np.float64)
-    mean = float(matrix.trace()) / len(matrix)
+    last = _last.get("factor")
+    if last and last[0] is hessian and last[1] == damping and np.array_equal(last[2], order):
+        return last[3]
+    _last.clear()
+    found = _factor(hessian, order, damping)
+    _last["factor"] = hessian, damping, order, found
+    return found
+
+
+_last: dict[str, tuple[npt.NDArray[Any], float, npt.NDArray[Any], Factor]] = {}
+
+
+def _factor(hessian: npt.NDArray[Any], order: npt.NDArray[Any], damping: float) -> Factor:
+    matrix: Float32 = np.take(np.take(np.asarray(hessian, np.float32), order[::-1], axis=0), order[::-1], axis=1)
+    mean = float(matrix.trace(dtype=np.float64)) / len(matrix)
     if not np.isfinite(matrix).all() or mean < 0:
         raise FormatError("the second moments of a matrix's inputs are not finite", "calibrate on another text")
     if mean == 0:
-        return np.eye(len(matrix), dtype=np.float32)
+        return Factor(np.eye(len(matrix), dtype=np.float32), np.ones(len(matrix), np.float32))
     diagonal = np.arange(len(matrix))
     for _ in range(6):
-        damped = matrix.copy()
-        damped[diagonal, diagonal] += damping * mean
+        matrix[diagonal, diagonal] += damping * mean
         try:
-            lower = np.asarray(np.linalg.cholesky(damped), np.float64)
+            lower = np.linalg.cholesky(matrix)
             break
         except np.linalg.LinAlgError:
             damping *= 10
     else:
         raise FormatError("the second moments of a matrix's inputs are no covariance", "calibrate on more text")
-    # With rows and columns reversed H = L L^T, so H = R R^T with R = L reversed, upper; then U = R^-1.
-    return np.ascontiguousarray(inverse_lower(lower)[::-1, ::-1].astype(np.float32))
+    # With rows and columns reversed H = L L^T, so H = R R^T with R = L reversed.
+    upper = lower[::-1, ::-1]
+    own: Float32 = np.ascontiguousarray(np.diagonal(upper), np.float32)
+    return Factor(np.ascontiguousarray(upper / own), own)
 
 
-def inverse_lower(lower: Float64) -> Float64:
-    """The inverse of a lower triangular matrix, by halves: nearly all of the work is matrix products."""
-    size = len(lower)
-    if size <= 64:
-        return np.tril(np.linalg.inv(lower))
-    middle = size // 2
-    first, last = inverse_lower(lower[:middle, :middle]), inverse_lower(lower[middle:, middle:])
-    found = np.zeros_like(lower)
-    found[:middle, :middle], found[middle:, middle:] = first, last
-    found[middle:, :middle] = -last @ (lower[middle:, :middle] @ first)
-    return found
+@dataclass(frozen=True)
+class Grid:
+    """What values may become: `nearest` levels times the scales [out, groups]; `groups` is each column's, in order.
+
+    With `prune` columns go in blocks of `block`, and it says of each what is left of it.
+    """
+
+    scales: Float32
+    groups: npt.NDArray[Any]
+    nearest: Round
+    prune: Prune | None = None
+    block: int = BLOCK
+
+    def levels(self) -> Float32:
+        """The level nearest to a quotient q, at floor(2 q) + HALF_LEVELS / 2: borders lie on no finer grid."""
+        middles = (np.arange(HALF_LEVELS, dtype=np.float32) - HALF_LEVELS // 2 + 0.5) / 2
+        return self.nearest(middles.astype(np.float32))
 
 
-def sweep(values: Float32, upper: Float32, fix: Fix) -> Float32:
-    """values [out, in], columns in the order of `upper` -> the values that `fix` made of them, in that order."""
-    made = np.empty_like(values)
+def sweep(values: Float32, factor: Factor, grid: Grid) -> tuple[Float32, Float64]:
+    """values [out, in], columns in the order of `factor` -> what `grid` made of them, in that order, and rows' errors.
+
+    The error [out] is |(values - made) R|^2: what a row's output is off by, squared, on average; damping included.
+    """
+    made, error = np.empty_like(values), np.empty(len(values))
     parts = [slice(i, min(i + ROWS, len(values))) for i in range(0, len(values), ROWS)]
+    scales, levels = np.ascontiguousarray(grid.scales.T), grid.levels()
+    weights = factor.diagonal * factor.diagonal
 
     def one(rows: slice) -> None:
-        made[rows] = _sweep(np.ascontiguousarray(values[rows].T), upper, rows, fix).T
+        turned = np.ascontiguousarray(values[rows].T)
+        error[rows] = _sweep(turned, factor.ahead, weights, scales[:, rows], levels, grid)
+        made[rows] = turned.T
 
     if len(parts) == 1:
         one(parts[0])
     else:
         with ThreadPoolExecutor(min(len(parts), _cores())) as pool:
             list(pool.map(one, parts))
-    return made
+    return made, error
 
 
-def _sweep(turned: Float32, upper: Float32, rows: slice, fix: Fix) -> Float32:
-    """turned [in, rows], overwritten."""
-    columns = len(turned)
-    made = np.empty_like(turned)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        lost = np.empty((stop - start, turned.shape[1]), np.float32)
-        for column in range(start, stop):
-            own = turned[column]
-            made[column] = fix(rows, column, own, turned[column:stop])
-            np.divide(own - made[column], upper[column, column], out=lost[column - start])
-            if column + 1 < stop:
-                turned[column + 1 : stop] -= np.outer(upper[column, column + 1 : stop], lost[column - start])
-        if stop < columns:
-            turned[stop:] -= upper[start:stop, stop:].T @ lost
-    return made
+def _sweep(turned: Float32, ahead: Float32, weights: Float32, scales: Float32, levels: Float32, grid: Grid) -> Float64:
+    """turned [in, rows] becomes what is made of it; scales [groups, rows]. Returns the error [rows]."""
+    moved, error = np.zeros_like(turned), np.zeros(turned.shape[1])
+    for start in range(0, len(turned), grid.block):
+        stop = min(start + grid.block, len(turned))
+        here, own = slice(start, stop), turned[start:stop]
+        square, scale, kept = np.ascontiguousarray(ahead[here, here]), scales[grid.groups[here]], None
+        if grid.prune:
+            # `moved` is for a column whose forerunners are fixed; with those of this block free they share the move.
+            best = own + np.linalg.solve(square.T, moved[here])
+            kept = np.ascontiguousarray(grid.prune(here, np.ascontiguousarray(best.T)).T)
+        turned[here], lost, more = _native.sweep("", own, moved[here], square, scale, levels, weights[here], kept)
+        error += more
+        if stop < len(turned):
+            moved[stop:] += ahead[here, stop:].T @ lost
+    return error
 
 
 def loss(difference: Float32, hessian: npt.NDArray[Any]) -> Float64:

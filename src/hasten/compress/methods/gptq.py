@@ -7,7 +7,6 @@ solved for together, by least squares under the same Hessian, and the sweep is d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,14 @@ import numpy.typing as npt
 
 from hasten.compress.methods import Float32, Inputs, clip, codebook
 from hasten.compress.methods._groups import Round, half
-from hasten.compress.methods._sweep import factor, loss, sweep
+from hasten.compress.methods._sweep import Float64, Grid, factor, sweep
 from hasten.formats import Format, Weight
 from hasten.formats.codebook import Codebook
 
 NEEDS = "hessian"
 AGAIN = 2
 """Sweeps after the first, each with scales refitted to the codes of the best so far."""
+REFIT_ROWS = 256
 MOST_GROUPS = 256
 """Rows of more groups keep the scales that were searched: solving for theirs would take too long."""
 
@@ -49,38 +49,24 @@ def quantised(
     """values [out, in] and scales [out, groups] -> the values on the grid, and their scales."""
     order = np.argsort(-np.diagonal(hessian), kind="stable")
     back = np.argsort(order)
-    upper = factor(hessian, order)
+    known = factor(hessian, order)
     turned = np.ascontiguousarray(values[:, order])
 
-    def swept(scales: Float32) -> Float32:
-        return sweep(turned, upper, rounder(scales, order, group, nearest))[:, back]
+    def swept(scales: Float32) -> tuple[Float32, Float64]:
+        made, error = sweep(turned, known, Grid(scales, order // group, nearest))
+        return made[:, back], error
 
-    made = swept(scales)
+    made, least = swept(scales)
     if scales.shape[1] > MOST_GROUPS:
         return made, scales
-    best, least = (made, scales), loss(made - values, hessian)
+    best = made, scales
     for _ in range(AGAIN):
         refitted = refit(values, *best, group, hessian)
-        made = swept(refitted)
-        error = loss(made - values, hessian)
+        made, error = swept(refitted)
         better = (error < least)[:, None]
         best = (np.where(better, made, best[0]), np.where(better, refitted, best[1]))
         least = np.minimum(error, least)
     return best
-
-
-def rounder(
-    scales: Float32, order: npt.NDArray[Any], group: int, nearest: Round
-) -> Callable[[slice, int, Float32, Float32], Float32]:
-    """What a sweep does to a column: to the nearest of its group's levels."""
-    by_group = np.ascontiguousarray(scales.T)  # [groups, out]
-    divisors: Float32 = np.where(by_group == 0, np.float32(np.inf), by_group).astype(np.float32)
-
-    def fix(rows: slice, column: int, values: Float32, rest: Float32) -> Float32:
-        place = order[column] // group
-        return nearest(values / divisors[place, rows]) * by_group[place, rows]
-
-    return fix
 
 
 def refit(values: Float32, made: Float32, scales: Float32, group: int, hessian: npt.NDArray[Any]) -> Float32:
@@ -89,21 +75,31 @@ def refit(values: Float32, made: Float32, scales: Float32, group: int, hessian: 
     A row's output is linear in its scales: with L[g] its levels in group g, the normal equations are
     sum_h (L[g] H L[h]) s[h] = L[g] H w.
     """
-    rows, columns = values.shape
-    groups = scales.shape[1]
-    padded = np.zeros((rows, groups * group), np.float32)
-    levels, target = padded, padded.copy()
+    columns, groups = values.shape[1], scales.shape[1]
+    wide = np.zeros((groups * group, groups * group), np.float32)
+    wide[:columns, :columns] = hessian
+    parts = [slice(i, i + REFIT_ROWS) for i in range(0, len(values), REFIT_ROWS)]
+
+    def one(rows: slice) -> Float32:
+        return _refit(values[rows], made[rows], scales[rows], group, wide)
+
+    return np.concatenate([one(rows) for rows in parts])
+
+
+def _refit(values: Float32, made: Float32, scales: Float32, group: int, hessian: Float32) -> Float32:
+    """Of some rows; `hessian` is padded to whole groups."""
+    (rows, columns), groups = values.shape, scales.shape[1]
+    levels, target = np.zeros((2, rows, groups * group), np.float32)
     divisors = np.repeat(np.where(scales == 0, np.float32(np.inf), scales), group, axis=1)[:, :columns]
     levels[:, :columns] = np.rint(made / divisors)
     target[:, :columns] = values
-    wide = np.zeros((groups * group, groups * group), np.float32)
-    wide[:columns, :columns] = hessian
-    right = np.einsum("rgc,rgc->rg", (target @ wide).reshape(rows, groups, group), levels.reshape(rows, groups, group))
+    right = np.einsum("rc,rc->rc", target @ hessian, levels).reshape(rows, groups, group).sum(axis=2)
     left = np.empty((rows, groups, groups), np.float32)
     for g in range(groups):
-        part = slice(g * group, (g + 1) * group)
-        products = (levels[:, part] @ wide[part]) * levels  # [rows, in]
-        left[:, g] = products.reshape(rows, groups, group).sum(axis=2)
+        start = g * group
+        products = levels[:, start : start + group] @ hessian[start : start + group, start:]
+        products *= levels[:, start:]
+        left[:, g, g:] = left[:, g:, g] = products.reshape(rows, groups - g, group).sum(axis=2)
     ridge = 1e-6 * np.einsum("rgg->rg", left).mean(axis=1) + 1e-30
     left += ridge[:, None, None] * np.eye(groups, dtype=np.float32)
     right += ridge[:, None] * scales

@@ -55,11 +55,11 @@ def losses(graph: Graph, weights: Weights, windows: Sequence[Int32], limits: Lim
     `final`: the original's hidden states behind its last block, over the same windows. A block that is left out hands
     its input on, so only what follows it runs.
     """
-    reference = native.compile(graph.tail(len(graph.blocks)), weights, limits)
+    reference = native.compile(graph.tail(len(graph.blocks)), weights, limits, tune=True)
     hidden = calibrate.embed(graph, weights, windows, limits)
     sums = np.zeros(len(graph.blocks))
     for index in range(len(graph.blocks)):
-        program = native.compile(graph.tail(index + 1), weights, limits)
+        program = native.compile(graph.tail(index + 1), weights, limits, tune=True)
         for window, start, batch in feed.windows(windows, limits):
             stop = start + len(batch.tokens)
             batch.hidden = np.ascontiguousarray(final[window][start:stop])
