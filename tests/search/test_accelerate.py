@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -112,9 +113,14 @@ def test_the_figures_are_those_of_the_artifact(files, tmp_path, monkeypatch) -> 
     final = tokens[len(tokens) // 2 :]
     windows = [w for w in (final[i : i + 256] for i in range(0, len(final), 256)) if len(w) > 1]
     for side, model in (("before", original), ("after", made)):
-        found = perplexity.measure(model.graph, model.weights(), windows)
+        found = perplexity.measure(model.graph, model.weights(), windows, kv_format=model.kv_formats or "auto")
         assert found.tokens == proof["tokens"]
         assert outcome.document[side]["perplexity"] == pytest.approx(found.perplexity, rel=1e-9)
+    cache = outcome.document["cache"]
+    assert cache["chosen"]  # all that is timed here is faster
+    assert list(made.kv_formats) == cache["layers"]
+    assert cache["bytes_saved"] > 0
+    assert 0 < cache["loss"] <= 0.1 * math.log(1.05)
     ratio = outcome.document["after"]["perplexity"] / outcome.document["before"]["perplexity"]
     assert proof["estimate"] == pytest.approx(ratio - 1, abs=1e-9)
 

@@ -64,14 +64,18 @@ def test_several_budgets_all_hold(files, tmp_path, monkeypatch) -> None:  # noqa
     ids = np.asarray(original.tokenizer.encode(files[1].read_text(), special=False), np.int32)
     final = ids[len(ids) // 2 :]
     windows = [w for w in (final[i : i + 256] for i in range(0, len(final), 256)) if len(w) > 1]
-    found = perplexity.measure(made.graph, made.weights(), windows, reference=(original.graph, original.weights()))
+    kv = made.kv_formats or "auto"
+    reference = original.graph, original.weights()
+    found = perplexity.measure(made.graph, made.weights(), windows, reference=reference, kv_format=kv)
     ppl, kl, agree, accuracy = proof["readings"]
     assert kl["estimate"] == pytest.approx(found.kl_divergence)
     assert agree["estimate"] == pytest.approx(1 - found.top1_agreement)
     assert 0 < agree["low"] < agree["high"] <= 0.3
     assert ppl["high"] <= 0.05
     asked = tasks.load(task, original.tokenizer, original.eos_token_ids, 256).part(80, 240)
-    before, after = (asked.right(m.graph, m.weights(), threads=1).mean() for m in (original, made))
+    before, after = (
+        asked.right(m.graph, m.weights(), threads=1, kv_format=m.kv_formats or "auto").mean() for m in (original, made)
+    )
     assert accuracy["tokens"] == 160
     assert accuracy["estimate"] == pytest.approx(before - after)
     shown = (tmp_path / "fast" / "report.md").read_text()
@@ -187,7 +191,7 @@ def test_the_command_says_what_is_wrong(files, tmp_path, capsys) -> None:  # noq
         (["--budget", "ppl=1%", "--budget", "ppl=2%"], "states ppl twice"),
         (["--memory-cap", "lots"], "'lots' is no size of memory"),
         (["--target", "fast"], "cannot read the target 'fast'"),
-        (["--minutes", "0"], "minutes is 0"),
+        (["--minutes", "-1"], "minutes is -1"),
         (["--minutes", "nan"], "minutes is nan"),
     ):
         assert main([*base, *more]) == 2

@@ -34,7 +34,7 @@ class World:
         monkeypatch.setattr(perplexity, "measure", self.measure)
         monkeypatch.setattr(speed, "compare", self.compare)
 
-    def measure(self, graph, weights, text, *, reference, threads, report) -> Evaluation:
+    def measure(self, graph, weights, text, *, reference, threads, report, **_) -> Evaluation:
         self.looks.append({int(w[0]) for w in text})
         loss = self.losses.pop(0)
         if loss is None:
@@ -44,7 +44,7 @@ class World:
         own = [b - np.float32(loss) + n for b, n in zip(base, noise, strict=True)]
         return Evaluation(7.4, (7.0, 8.0), 1920, loss, 0.9, own, base, [np.full(64, loss)] * 30)
 
-    def compare(self, graph, original, candidates, *, objective, threads, rounds, report):
+    def compare(self, graph, original, candidates, *, objective, threads, rounds, report, kv_formats):
         found = []
         for n in range(len(candidates)):
             gain = self.gains(rounds, n)
@@ -56,6 +56,7 @@ class World:
 def prove(folder: Path, count: int = 3, objective: str = "decode"):
     budget, notes = parse_all("ppl=1%"), []
     job = SimpleNamespace(
+        kv_formats=("auto", "auto"),
         key="k",
         budget=budget,
         graph=None,
@@ -137,7 +138,7 @@ def test_a_broken_candidate_is_a_failed_one(tmp_path: Path, monkeypatch) -> None
 
 def test_the_judge_records_a_broken_candidate_and_blames_the_original_for_its_own(tmp_path: Path, monkeypatch) -> None:
     def judge(measure: str, folder: Path, broken: object) -> Reading:
-        def scored(graph, weights, windows, *, reference, threads, report):
+        def scored(graph, weights, windows, *, reference, **_):
             if weights is broken:
                 raise CheckpointError("not finite")
             base = [np.full(64, -2.0, np.float32)] * 30

@@ -77,7 +77,7 @@ def test_what_was_decided_stays_decided(files, tmp_path, monkeypatch) -> None:  
     limited(monkeypatch, 40.0)  # far less time than before
     outcome, _ = run(given)
     assert outcome.output is not None
-    assert schedules == first
+    assert [s for s in schedules if s[0] != "shapes"] == first  # those are looked at last
 
 
 def test_fewer_formats_where_packing_takes_long(files, tmp_path, monkeypatch) -> None:  # noqa: F811

@@ -44,8 +44,8 @@ class Options:
         None, help="that weights, cache and buffers may take when it serves, as 500MB", metavar="SIZE"
     )
     threads: int = option(0, help="threads to use; 0: all that this process may")
-    minutes: float | None = option(
-        None, help="time for all of it; the best known by then is proven (default: as long as it takes)", metavar="N"
+    minutes: float = option(
+        55, help="time for all of it, 0 for as long as it takes; the best known by then is proven", metavar="N"
     )
     peers: Path | None = option(
         None, help="report.json of `hasten bench --against`, whose engines the report shows beside", metavar="FILE"
@@ -67,7 +67,7 @@ def run(options: Options) -> int:
         eval=options.eval,
         objective=options.objective,
         threads=options.threads,
-        minutes=options.minutes,
+        minutes=options.minutes or None,
         keep_work=options.keep_work,
         batch=options.batch,
         lengths=options.lengths,

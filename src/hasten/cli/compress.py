@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hasten.backends.batch import Int32
+    from hasten.backends.cache import KvFormat
     from hasten.checkpoint import Model
-    from hasten.compress.recipe import Choice
+    from hasten.compress.recipe import Choice, Recipe
     from hasten.compress.stream import Task
     from hasten.compress.structure_recipe import Plan
     from hasten.engine.memory import Prediction
@@ -38,6 +39,7 @@ class Options:
 
 def run(options: Options) -> int:
     from hasten import checkpoint
+    from hasten.backends import cache
     from hasten.compress import folds, recipe, restructure
     from hasten.engine import memory
     from hasten.engine.llm import DEFAULT_CONTEXT
@@ -56,14 +58,18 @@ def run(options: Options) -> int:
     )
     turned = any(folds.get(name).WHOLE for name in wanted.folds)
     memory.require(predict(how.task(model, choices), plan, turned), memory.memory()[1])
-    facts = {**document.recipe(choices), **({"structure": wanted.structure.document} if wanted.structure else {})}
+    if plan is None and (named := _cache(wanted, model)):  # refused before anything takes long
+        cache.formats_of(model.graph, named)
+    structure = wanted.structure.document if wanted.structure else None
+    facts = document.recipe(choices, structure, wanted.cache)
     facts |= {"fold": list(wanted.folds)} if wanted.folds else {}
     before = model.bytes_on_disk
     work = options.output.absolute().with_name(options.output.absolute().name + ".work")
     try:
         with reporter() as report:
             model, weights = restructure.compress(model, plan, choices, replace(how, report=report), work)
-            written = checkpoint.write_artifact(options.output, model, weights, facts, {})
+            kv_formats = cache.formats_of(model.graph, kept) if (kept := _cache(wanted, model)) else ()
+            written = checkpoint.write_artifact(options.output, model, weights, facts, {}, kv_formats)
     except KeyboardInterrupt:
         print("note: the same command, given again, continues from here", file=sys.stderr)
         raise
@@ -77,6 +83,11 @@ def run(options: Options) -> int:
     else:
         print(f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB\nartifact: {options.output}")
     return 0
+
+
+def _cache(wanted: Recipe, model: Model) -> KvFormat:
+    """The recipe's, or else what the model has already; empty for neither."""
+    return model.kv_formats if wanted.cache == "auto" else wanted.cache
 
 
 def windows(options: Options, model: Model, choices: Mapping[str, Choice], always: bool) -> list[Int32]:

@@ -8,7 +8,8 @@
         format: int8-g64
 
 Matrices that no rule matches stay as they are. Another key, `structure`, changes the model's shape
-(structure_recipe.py), and `fold: [awq]` names what is folded into the weights before they are packed (folds/).
+(structure_recipe.py), `fold: [awq]` names what is folded into the weights before they are packed (folds/), and
+`cache: int8`, or a list with a format for each layer, says what the cache of keys and values is served in.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from hasten import formats
+from hasten.backends.cache import FORMATS, KvFormat
 from hasten.compress import methods, structure_recipe
 from hasten.compress.structure_recipe import StructureRecipe
 from hasten.errors import FormatError, InputError
@@ -58,6 +60,7 @@ class Recipe:
     rules: tuple[Rule, ...]
     structure: StructureRecipe | None = None
     folds: tuple[str, ...] = ()
+    cache: KvFormat = "auto"
 
     def assign(self, names: Sequence[str]) -> dict[str, Choice]:
         """Tensor name -> choice, by the first rule that matches.
@@ -104,19 +107,29 @@ def parse(text: str) -> Recipe:
         raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
     if not isinstance(document, dict) or not ("tensors" in document or "structure" in document):
         raise InputError("a recipe is a mapping with the key 'tensors', or 'structure', or both", EXAMPLE)
-    unknown = [key for key in document if key not in ("tensors", "structure", "fold")]
+    unknown = [key for key in document if key not in ("tensors", "structure", "fold", "cache")]
     if unknown:
-        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors, structure and fold")
+        raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors, structure, fold and cache")
     named = document.get("fold", [])
     if not isinstance(named, list) or not all(isinstance(n, str) for n in named) or len(set(named)) < len(named):
         raise InputError(f"'fold' is {named!r}, must be a list of different names", "write fold: [awq]")
     structure = structure_recipe.parse(document["structure"]) if "structure" in document else None
+    cache = _cache(document["cache"]) if "cache" in document else "auto"
     if "tensors" not in document:
-        return Recipe((), structure, tuple(named))
+        return Recipe((), structure, tuple(named), cache)
     rules = document["tensors"]
     if not isinstance(rules, list) or not rules:
         raise InputError("'tensors' must be a list of rules, at least one", EXAMPLE)
-    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure, tuple(named))
+    return Recipe(tuple(_rule(rule, number) for number, rule in enumerate(rules, 1)), structure, tuple(named), cache)
+
+
+def _cache(named: Any) -> KvFormat:
+    names = named if isinstance(named, list) else [named]
+    if not names or not all(name in FORMATS for name in names):
+        raise InputError(
+            f"'cache' is {named!r}, must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or a list of one for each layer"
+        )
+    return tuple(names) if isinstance(named, list) else str(named)
 
 
 def _rule(rule: Any, number: int) -> Rule:

@@ -99,12 +99,19 @@ class Task:
         """The accuracy of guessing."""
         return float(np.mean([1 / len(q.choices) if q.choices else 0.0 for q in self.questions]))
 
-    def right(self, graph: Graph, weights: Weights, threads: int = 0, report: Report | None = None) -> npt.NDArray[Any]:
+    def right(
+        self,
+        graph: Graph,
+        weights: Weights,
+        threads: int = 0,
+        report: Report | None = None,
+        kv_format: KvFormat = "auto",
+    ) -> npt.NDArray[Any]:
         """Whether each question is answered right: bool [questions]. Output that is no number is wrong."""
         right = np.zeros(len(self.questions), bool)
         scored = [i for i, q in enumerate(self.questions) if q.choices]
         written = [i for i, q in enumerate(self.questions) if not q.choices]
-        stored = memory.kv_format(w.format.name for w in weights.values() if isinstance(w, Weight))
+        stored = memory.kv_format((w.format.name for w in weights.values() if isinstance(w, Weight)), kv_format)
         if scored:
             right[scored] = _choose(graph, weights, [self.questions[i] for i in scored], stored, threads, report)
         if written:

@@ -17,15 +17,18 @@ from typing import Any
 import numpy as np
 
 from hasten import checkpoint
+from hasten.backends import cache
 from hasten.backends.batch import Int32
 from hasten.bench import peak
 from hasten.bench.latency import Run
 from hasten.compress import calibrate
 from hasten.compress.run import Packer
 from hasten.compress.statistics import Statistics
+from hasten.engine import memory
 from hasten.errors import BackendError, CheckpointError, OutputError
 from hasten.evaluate import perplexity
 from hasten.search import (
+    caches,
     cap,
     cost,
     document,
@@ -84,6 +87,7 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         space, times = explore(job, statistics, packer, trials)
         start = Start(job, packer, space, times)
         each = seconds_per_token(job, trials)
+        most = choose_caches(start, statistics, each, most, trials)
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
@@ -253,7 +257,9 @@ def other_shape(
     space, times = explore(other, statistics, packer, trials, only)
     space = replace(space, before=(start.space.original_cost, start.space.original_bytes))
     begun = Start(other, packer, space, times)
-    tried, _ = refine(begun, sample, final, most, seconds_per_token(other, trials), None, trials)
+    each = seconds_per_token(other, trials)
+    most = choose_caches(begun, statistics, each, most, trials)
+    tried, _ = refine(begun, sample, final, most, each, None, trials)
     pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]
     if pair[1] < CHEAPER * pair[0]:
         job.say(
@@ -262,6 +268,22 @@ def other_shape(
         )
         return begun, tried
     return start, refiner
+
+
+def choose_caches(start: Start, statistics: Statistics, each: float, most: int | None, trials: Trials) -> int | None:
+    """Sets the cache that all candidates have; returns what the matrices may then take, `most` before."""
+    job = start.job
+    with job.stage("caches"):
+        weights = start.packer.model(start.space.uniform(caches.LIKELY))
+        found = caches.choose(job, statistics.final, weights, each, trials)
+    if found is None:
+        return most
+    job.caches = found.json()
+    if not found.chosen:
+        return most
+    before = cap.serving(job).kv_cache
+    job.cache = memory.kv_format((), found.formats)
+    return None if most is None else most + before - cap.serving(job).kv_cache
 
 
 def refine(
@@ -275,10 +297,22 @@ def refine(
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     job, space, packer = start.job, start.space, start.packer
-    key = [job.key, sample.digest(), texts.digest(job.texts.calibration)]
+    key = [job.key, sample.digest(), texts.digest(job.texts.calibration), job.cache]
     graph, original = job.reference
     first = graph if job.shape else None
-    judge = Judge(job.graph, original, sample, job.budget, job.threads, trials, key, job.report, job.given_key, first)
+    judge = Judge(
+        job.graph,
+        original,
+        sample,
+        job.budget,
+        job.threads,
+        trials,
+        key,
+        job.report,
+        job.given_key,
+        first,
+        job.kv_formats,
+    )
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
     later = schedule.reserve(job, each, final.tokens)
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
@@ -309,7 +343,12 @@ def write(
     measurements = {"budget": str(job.budget), **proof.attempts[-1].figures}
     with job.stage("writing"):
         checkpoint.write_artifact(
-            staging, job.model, weights, document.recipe(chosen.choices, (job.shape or {}).get("recipe")), measurements
+            staging,
+            job.model,
+            weights,
+            document.recipe(chosen.choices, (job.shape or {}).get("recipe"), job.cache),
+            measurements,
+            () if job.kv_formats[1] == "auto" else cache.formats_of(job.graph, job.kv_formats[1]),
         )
         verify(job, staging, weights)
     with job.stage("memory"):
@@ -335,8 +374,11 @@ def verify(job: Job, staging: Path, weights: Any) -> None:
     windows = [job.texts.search[0][:256]]
     loaded = checkpoint.open(str(staging)).at_context(job.graph.context)
     pair = [
-        perplexity.measure(graph, own, windows, threads=job.threads).logprobs[0]
-        for graph, own in ((job.graph, weights), (loaded.graph, loaded.weights()))
+        perplexity.measure(graph, own, windows, threads=job.threads, kv_format=kv or "auto").logprobs[0]
+        for graph, own, kv in (
+            (job.graph, weights, job.kv_formats[1]),
+            (loaded.graph, loaded.weights(), loaded.kv_formats),
+        )
     ]
     if not np.array_equal(pair[0], pair[1]):
         raise CheckpointError("the artifact read back differs from what was measured", "please report this fault")

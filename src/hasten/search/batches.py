@@ -27,8 +27,8 @@ def measure(job: Job, weights: Weights, each: float) -> list[Json]:
     while sizes:
         try:
             subjects = [
-                latency.Loaded(graph, own, prompt=prompt, new=new, batch=max(sizes), threads=job.threads)
-                for graph, own in (job.reference, (job.graph, weights))
+                latency.Loaded(graph, own, prompt=prompt, new=new, batch=max(sizes), threads=job.threads, kv_format=kv)
+                for (graph, own), kv in zip((job.reference, (job.graph, weights)), job.kv_formats, strict=True)
             ]
             break
         except MemoryLimitError:

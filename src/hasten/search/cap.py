@@ -27,7 +27,7 @@ def serving(job: Job) -> memory.Prediction:
         max_rows=aim.batch,
         block_size=BLOCK,
         kv_blocks=-(-context // BLOCK) * aim.batch,
-        kv_format=job.kv_format,
+        kv_format=job.kv_format if job.cache == "auto" else job.cache,
         threads=job.threads,
     )
     vectors = sum(4 * spec.shape[0] for spec in job.graph.weights.values() if not spec.is_matrix)

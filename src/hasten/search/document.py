@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hasten.backends.cache import KvFormat
 from hasten.bench.latency import Run
 from hasten.compress.recipe import Choice
 from hasten.formats import get
@@ -70,6 +71,7 @@ def make(
             name: {"source": job.texts.sources[name], "tokens": sum(len(w) for w in getattr(job.texts, name))}
             for name in ("calibration", "search", "final")
         },
+        "cache": job.caches,
         "shape": job.shape,
         "shapes": job.shapes,
         "seen": job.texts.seen,
@@ -221,7 +223,11 @@ def refused(refiner: Refiner, times: Mapping[Site, float]) -> list[Json]:
     return list(found.values())
 
 
-def recipe(choices: Mapping[str, Choice], structure: Mapping[str, Any] | None = None) -> Json:
-    """Choices, and the shape they are of, as the recipe that `hasten compress` would take."""
-    shape = {"structure": dict(structure)} if structure else {}
+def recipe(
+    choices: Mapping[str, Choice], structure: Mapping[str, Any] | None = None, kv_format: KvFormat = "auto"
+) -> Json:
+    """Choices, the shape they are of, and the cache's formats, as the recipe that `hasten compress` would take."""
+    shape: Json = {"structure": dict(structure)} if structure else {}
+    if kv_format != "auto":
+        shape["cache"] = kv_format if isinstance(kv_format, str) else list(kv_format)
     return {**shape, "tensors": [{"match": n, "format": c.format, "method": c.method} for n, c in choices.items()]}

@@ -59,7 +59,7 @@ def measure(job: Job, choices: Any, weights: Weights, each: float, trials: Trial
         def make(name: str = name, windows: Any = windows) -> Json:
             report = lambda _, done, total: job.report(f"scoring {name}", done, total)  # noqa: E731
             graph, original = job.reference
-            score = quality.score(job.graph, weights, windows, original, job.threads, report, graph)
+            score = quality.score(job.graph, weights, windows, original, job.threads, report, graph, job.kv_formats)
             if score is None:
                 return {"tokens": sum(len(w) - 1 for w in windows)}
             assert score.reference_logprobs is not None

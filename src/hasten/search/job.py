@@ -101,6 +101,10 @@ class Job:
     """That shape: its name and what a recipe's `structure` says."""
     shapes: list[Json] = field(default_factory=list)
     """All that were measured."""
+    caches: Json | None = None
+    """What was found of the cache's formats."""
+    cache: KvFormat = "auto"
+    """Of the candidates."""
     original_allowed: bool = True
     """Whether the original keeps the memory allowed: if not, the best is asked for and not one that is faster."""
 
@@ -129,6 +133,8 @@ class Job:
             before=(self.model, self.original),
             shape=shape,
             key=[*self.key, shape["structure"]],
+            caches=None,
+            cache="auto",
         )
 
     def say(self, text: str) -> None:
@@ -149,6 +155,13 @@ class Job:
         """Of the cache that the original is served with."""
         return memory.kv_format(self.model.formats.values(), own=self.model.kv_formats)
 
+    @property
+    def kv_formats(self) -> tuple[KvFormat, KvFormat]:
+        """Of the caches of the model that was given, and of the candidates."""
+        given = memory.kv_format(self.given.formats.values(), own=self.given.kv_formats)
+        own = self.cache if self.cache != "auto" or not self.model.kv_formats else self.model.kv_formats
+        return given, own
+
 
 def work_folder(output: Path) -> Path:
     return output.with_name(output.name + ".work")
@@ -162,7 +175,7 @@ def prepare(settings: Settings, report: Report, note: Note, clock: Clock | None 
         else budgets.parse_all(settings.budget or DEFAULT_BUDGET)
     )
     if settings.minutes is not None and not settings.minutes > 0:
-        raise InputError(f"minutes is {settings.minutes:g}, must be more than 0")
+        raise InputError(f"minutes is {settings.minutes:g}, must not be less than 0")
     settings = replace(settings, output=checked(settings.output))
     model = checkpoint.open(settings.model)
     model = model.at_context(min(model.graph.context, DEFAULT_CONTEXT))  # as it is served: rope may depend on it

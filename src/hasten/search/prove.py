@@ -174,6 +174,7 @@ def compare(job: Job, refiner: Refiner, chosen: Sequence[Tried], rounds: int) ->
         threads=job.threads,
         rounds=rounds,
         report=job.report,
+        kv_formats=job.kv_formats,
     )
 
 
@@ -263,14 +264,17 @@ def evaluate(job: Job, refiner: Refiner, chosen: Tried, sample: Sample, number: 
     weights = refiner.model(chosen.choices)
     report = lambda _, done, total: job.report("proof on held-out text", done, total)  # noqa: E731
     graph, original = job.reference
-    found = quality.score(job.graph, weights, sample.windows, original, job.threads, report, graph)
+    found = quality.score(job.graph, weights, sample.windows, original, job.threads, report, graph, job.kv_formats)
     readings = []
     shown: dict[str, Any] = figures(found) if found else {"tokens": sample.tokens}
     for budget in job.budget.parts:
         if budget.file:
             task = sample.tasks[budget.file]
             models = (job.reference, (job.graph, weights))
-            pair = [task.right(graph, own, job.threads, report) for graph, own in models]
+            pair = [
+                task.right(graph, own, job.threads, report, kv)
+                for (graph, own), kv in zip(models, job.kv_formats, strict=True)
+            ]
             readings.append(quality.task_reading(pair[0], pair[1], level))
             shown.setdefault("tasks", {})[str(budget.file)] = {
                 "before": float(pair[0].mean()),

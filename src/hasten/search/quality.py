@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten.backends.batch import Float32, Int32
+from hasten.backends.cache import KvFormat
 from hasten.compress.calibrate import Weights
 from hasten.errors import BudgetError, CheckpointError
 from hasten.evaluate import paired, perplexity
@@ -23,6 +24,9 @@ from hasten.search.samples import Sample
 from hasten.search.trials import Json, Trials
 
 Report = Callable[[str, int, int], None]
+KvFormats = tuple[KvFormat, KvFormat]
+"""Of the original's cache and the candidate's."""
+AUTO: KvFormats = ("auto", "auto")
 Z95 = 1.96
 LIKELY = 1.64
 """One-sided: nineteen times in twenty."""
@@ -168,10 +172,11 @@ def score(
     threads: int,
     report: Callable[[str, int, int], None],
     reference_graph: Graph | None = None,
+    kv_formats: KvFormats = AUTO,
 ) -> Evaluation | None:
     """`weights` measured on a text, beside `reference` where given; None where their output is not a number.
 
-    `reference_graph`: of `reference`, where it is another.
+    `reference_graph`: of `reference`, where it is another. `kv_formats`: of its cache and of the one measured.
     """
     try:
         with np.errstate(over="ignore"):
@@ -182,6 +187,8 @@ def score(
                 reference=(reference_graph or graph, reference) if reference else None,
                 threads=threads,
                 report=report,
+                kv_format=kv_formats[1],
+                reference_kv_format=kv_formats[0],
             )
     except CheckpointError:
         return None
@@ -196,12 +203,13 @@ def asked(
     weights: Callable[[], Weights],
     stage: str,
     report: Report,
+    kv_format: KvFormat = "auto",
 ) -> npt.NDArray[np.bool_]:
     """Whether each question is answered right, bool [questions]; from `trials` where it was asked before."""
 
     def ask() -> Json:
         progress = lambda _, done, total: report(f"{stage}, {task.path.name}", done, total)  # noqa: E731
-        return task.right(graph, weights(), threads, progress).astype(int).tolist()
+        return task.right(graph, weights(), threads, progress, kv_format).astype(int).tolist()
 
     return np.array(trials.measure("task", [key, task.digest()], ask), bool)
 
@@ -235,6 +243,7 @@ class Judge:
     """What measurements of the original alone depend on."""
     original_graph: Graph | None = None
     """Where the candidates have another."""
+    kv_formats: KvFormats = AUTO
 
     def read(self, name: str, facts: Json, weights: Callable[[], Weights]) -> Readings:
         """The readings of the candidate that `weights()` makes; `facts` say which it is."""
@@ -250,7 +259,7 @@ class Judge:
 
     @cached_property
     def _original_logprobs(self) -> list[Float32]:
-        found = self._score("scoring the original", self.original, None, self.original_graph)
+        found = self._score("scoring the original", self.original, None, self.original_graph, self.kv_formats[0])
         if found is None:
             raise CheckpointError("the model's log-probabilities are not finite", "its weights may be damaged")
         return found.logprobs
@@ -269,13 +278,20 @@ class Judge:
         assert budget.file is not None
         task, common = self.sample.tasks[budget.file], (self.threads, self.trials)
         key, first = [self.model_key, "original"], self.original_graph or self.graph
-        original = asked(task, first, *common, key, lambda: self.original, "asking the original", self.report)
-        own = asked(task, self.graph, *common, [self.key, facts], weights, f"asking {name}", self.report)
+        kv, own_kv = self.kv_formats
+        original = asked(task, first, *common, key, lambda: self.original, "asking the original", self.report, kv)
+        own = asked(task, self.graph, *common, [self.key, facts], weights, f"asking {name}", self.report, own_kv)
         return task_reading(original, own)
 
     def _score(
-        self, stage: str, weights: Weights, reference: Weights | None, graph: Graph | None = None
+        self,
+        stage: str,
+        weights: Weights,
+        reference: Weights | None,
+        graph: Graph | None = None,
+        kv_format: KvFormat | None = None,
     ) -> Evaluation | None:
         report = lambda _, done, total: self.report(stage, done, total)  # noqa: E731
         own, windows = graph or self.graph, self.sample.windows
-        return score(own, weights, windows, reference, self.threads, report, self.original_graph)
+        pair = self.kv_formats[0], kv_format or self.kv_formats[1]
+        return score(own, weights, windows, reference, self.threads, report, self.original_graph, pair)

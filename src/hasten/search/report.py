@@ -22,7 +22,9 @@ Json = dict[str, Any]
 
 def write(folder: Path, document: Json, choices: Mapping[str, Choice]) -> None:
     """Raises OutputError where the folder cannot take them."""
-    recipe = yaml.safe_dump(documents.recipe(choices, (document["shape"] or {}).get("recipe")), sort_keys=False)
+    found = document["cache"]
+    cache = tuple(found["layers"]) if found and found["chosen"] else "auto"
+    recipe = yaml.safe_dump(documents.recipe(choices, (document["shape"] or {}).get("recipe"), cache), sort_keys=False)
     files = {
         "report.json": json.dumps(document, indent=1) + "\n",
         "report.md": markdown(document),

@@ -80,11 +80,14 @@ def trimmed(job: Job, found: Sequence[Tensor], packer: Packer, trials: Trials) -
 
 
 def shapes(job: Job, trials: Trials) -> bool:
-    """Whether other shapes of the model are looked at: where time is not limited, and the search so far was quick."""
-    if job.clock.limited:
-        return False
-    facts = ["shapes", job.key]
-    return bool(trials.measure("schedule", facts, lambda: sum(job.seconds.values()) < SHAPES_SECONDS))
+    """Whether other shapes of the model are looked at: where the search so far was quick, and there is time for more."""
+    facts = ["shapes", job.key, job.settings.minutes]
+
+    def decide() -> bool:
+        took = sum(job.seconds.values())
+        return took < min(SHAPES_SECONDS, job.clock.left() / 2)
+
+    return bool(trials.measure("schedule", facts, decide))
 
 
 def sensitivities(job: Job, found: Sequence[Tensor], each: float, available: int, trials: Trials) -> Plan:

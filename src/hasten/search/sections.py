@@ -25,7 +25,7 @@ class Section:
 
 def sections(document: Json) -> list[Section]:
     """Those that have something to tell."""
-    found = [f(document) for f in (contributions, shapes, other, at_batches, predicted)]
+    found = [f(document) for f in (contributions, caches, shapes, other, at_batches, predicted)]
     peers = scatter.beside(document)
     if peers:
         note = f"Peers as measured on {document['peers']['machine']}, in a run of their own."
@@ -58,6 +58,19 @@ def contributions(document: Json) -> Section:
         "is small beside the candidates' intervals is chance."
     )
     return Section("What bought what", head, rows, note)
+
+
+def caches(document: Json) -> Section:
+    """What the cache of keys and values could be in, and whether it is."""
+    found, rows = document["cache"], []
+    if found:
+        before, after = found["bytes_before"], found["bytes_before"] - found["bytes_saved"]
+        verdict = "chosen" if found["chosen"] else found["refused"] or "no layer bears fewer bits"
+        gain = _gain(found["gain"]) if found["gain"] else ""
+        rows.append((found["formats"], f"{before:,} to {after:,}", f"{found['loss']:.5f}", gain, verdict))
+    head = ("", "bytes a token", "KL divergence, nats", f"{document['objective']} gain", "")
+    note = "The loss is the sum of what each layer alone loses; the gain is timed in turn with the cache as it was."
+    return Section("Keys and values in the cache", head, rows, note)
 
 
 def shapes(document: Json) -> Section:

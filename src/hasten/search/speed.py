@@ -12,6 +12,7 @@ from hasten.bench.latency import Run, Times
 from hasten.compress.calibrate import Weights
 from hasten.graph.graph import Graph
 from hasten.search.objective import Objective
+from hasten.search.quality import AUTO, KvFormats
 
 Report = Callable[[str, int, int], None]
 RESAMPLES = 2000
@@ -65,12 +66,19 @@ def compare(
     threads: int,
     rounds: int,
     report: Report,
+    kv_formats: KvFormats = AUTO,
 ) -> tuple[Run, list[Speed]]:
-    """The original's run, and the speed of each candidate of `graph`, with the objective's batch and lengths."""
+    """The original's run, and the speed of each candidate of `graph`, with the objective's batch and lengths.
+
+    `kv_formats`: of the original's cache and the candidates'.
+    """
     prompt, new, batch = objective.prompt, objective.new, objective.batch
     subjects = [
-        latency.Loaded(own, weights, prompt=prompt, new=new, batch=batch, threads=threads)
-        for own, weights in (original, *((graph, weights) for weights in candidates))
+        latency.Loaded(own, weights, prompt=prompt, new=new, batch=batch, threads=threads, kv_format=kv)
+        for own, weights, kv in (
+            (*original, kv_formats[0]),
+            *((graph, weights, kv_formats[1]) for weights in candidates),
+        )
     ]
     ((runs, times),) = latency.time_in_turn(subjects, [batch], threads=threads, rounds=rounds, progress=report)
     first = times[0]

@@ -31,6 +31,7 @@ def original(job: Job) -> Run:
             threads=job.threads,
             rounds=prove.ROUNDS,
             report=job.report,
+            kv_formats=job.kv_formats,
         )
     own = speed.rate(run, job.objective)
     if own >= target.rate and job.original_allowed:
