@@ -157,6 +157,6 @@ def test_plan_fits_the_time() -> None:
     found = tensors(graph, weights)
     generous = sensitivity.plan(graph, found, 1e-6, 600, 10_000)
     hasty = sensitivity.plan(graph, found, 1.0, 60, 10_000)
-    assert (generous.kinds, generous.tokens, generous.stride) == (("int4", "int8", "codebook4"), 2048, 1)
+    assert (generous.kinds, generous.tokens, generous.stride) == (("int4", "int8", "codebook4"), 1024, 1)
     assert (len(hasty.kinds), hasty.tokens) == (1, 256)
     assert hasty.stride > 1

@@ -24,7 +24,7 @@ from hasten.search.trials import Json, Trials
 
 Report = Callable[[str, int, int], None]
 SECONDS = 0.05
-MOST_COPIES = 48
+MOST_COPIES = 256
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def measure(
     """Seconds for one multiplication at every site."""
     wanted = sites(tensors, objective)
     cache = machine.last_level_cache()
-    smallest = sum(min(nbytes(t, c) for c in t.choices) for t in tensors)
     found = {}
     for done, site in enumerate(wanted):
         report("timing kernels", done, len(wanted))
-        # A model that fits the cache finds its weights there; any other finds them in memory.
-        cold = 0 if smallest < cache // 2 else 2 * cache
-        facts = [key, list(site.shape), site.format, site.tokens, threads, cold]
-        found[site] = float(trials.measure("cost", facts, partial(seconds, site, cold, threads)))
+        # Between two steps the rest of the model passes through the caches, in formats of about this size.
+        format = formats.get(site.format)
+        between = min(sum(format.nbytes(*t.shape) for t in tensors if t.linears), 2 * cache)
+        facts = [key, list(site.shape), site.format, site.tokens, threads, between]
+        found[site] = float(trials.measure("cost", facts, partial(seconds, site, between, threads)))
     report("timing kernels", len(wanted), len(wanted))
     return found
 
@@ -83,18 +83,16 @@ def costs(tensor: Tensor, objective: Objective, times: dict[Site, float]) -> lis
     ]
 
 
-def seconds(site: Site, cold_bytes: int, threads: int = 0) -> float:
-    """Time of one multiplication, among `copies` with weights of their own, more than `cold_bytes` of them together.
+def seconds(site: Site, between: int, threads: int = 0) -> float:
+    """Time of one multiplication, among many with weights of their own, `between` bytes of them together.
 
-    The time of a step with few copies is taken off one with many, so what a step costs beyond its matrices is no part.
+    The time of a step with one alone is taken off, so what a step costs beyond its matrices is no part.
     """
     each = formats.get(site.format).nbytes(*site.shape)
-    copies = min(MOST_COPIES, max(cold_bytes // each + 1, 8 if site.tokens == 1 else 3))
-    few = 1 if copies < 8 else copies // 8
-    programs = {count: _program(site, count, threads) for count in (few, copies)}
+    copies = min(MOST_COPIES, max(between // each + 1, 8 if site.tokens == 1 else 3))
     batch = _batch(site)
-    times = {count: _time(program, batch) for count, program in programs.items()}
-    slope = (times[copies] - times[few]) / (copies - few)
+    times = {count: _time(_program(site, count, threads), batch) for count in (1, copies)}
+    slope = (times[copies] - times[1]) / (copies - 1)
     return slope if slope > 0 else times[copies] / copies
 
 

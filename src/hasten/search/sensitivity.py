@@ -29,7 +29,7 @@ from hasten.search.trials import Json, Trials
 
 KINDS = ("int4", "int8", "codebook4")
 """Kinds of format measured for every tensor, as far as time goes: one format of each, group 64 where there is one."""
-MOST_TOKENS = 2048
+MOST_TOKENS = 1024
 Losses = dict[tuple[str, Choice], float]
 
 
@@ -48,7 +48,7 @@ def plan(graph: Graph, tensors: Sequence[Tensor], seconds_per_token: float, seco
     options = [
         Plan(KINDS[:count], tokens, stride)
         for stride in (1, 2, 4, 8)
-        for count, tokens in ((3, MOST_TOKENS), (3, 1024), (2, 1024), (1, 1024), (1, 512), (1, 256))
+        for count, tokens in ((3, MOST_TOKENS), (2, MOST_TOKENS), (1, MOST_TOKENS), (1, 512), (1, 256))
     ]
 
     def predicted(option: Plan) -> float:
