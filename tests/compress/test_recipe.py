@@ -31,8 +31,8 @@ def test_first_match_wins_and_the_rest_stays() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "mapping with the key 'tensors'"),
-        ("- 1", "mapping with the key 'tensors'"),
+        ("", "mapping with one of the keys 'tensors'"),
+        ("- 1", "mapping with one of the keys 'tensors'"),
         ("tensors: [", "not YAML"),
         ("tensors: []", "at least one"),
         ("tensors: 3", "must be a list"),

@@ -193,13 +193,14 @@ def test_a_calibration_text_of_another_kind_is_said(tmp_path, monkeypatch) -> No
     calibration, search = ([np.full(100, i, np.int32)] for i in range(2))
     said: list[str] = []
     job = SimpleNamespace(
+        kv_format="bf16",
         texts=SimpleNamespace(calibration=calibration, search=search),
         key="k", graph=None, original={}, reference=(None, {}), threads=1, report=lambda *a: None, say=said.append,
         stage=lambda name: nullcontext(),
     )  # fmt: skip
     for number, (perplexity, expected) in enumerate([(10.0, 0), (29.0, 0), (31.0, 1), (math.inf, 1)]):
 
-        def score(graph, weights, windows, *others, perplexity=perplexity):
+        def score(graph, weights, windows, *others, perplexity=perplexity, **_):
             own = perplexity if windows[0][0] == 0 else 10.0
             return SimpleNamespace(perplexity=own) if math.isfinite(own) else None
 

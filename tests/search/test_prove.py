@@ -57,6 +57,7 @@ def prove(folder: Path, count: int = 3, objective: str = "decode"):
     budget, notes = parse_all("ppl=1%"), []
     job = SimpleNamespace(
         kv_formats=("auto", "auto"),
+        cache="auto",
         key="k",
         budget=budget,
         graph=None,

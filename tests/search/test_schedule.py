@@ -73,7 +73,7 @@ def test_what_was_decided_stays_decided(files, tmp_path, monkeypatch) -> None:  
     with pytest.raises(KeyboardInterrupt):
         run(given)
     first = list(schedules)
-    assert {name for name, _ in first} == {"calibration", "candidates", "sensitivity", "texts"}
+    assert {name for name, _ in first} == {"calibration", "candidates", "sensitivity", "caches", "texts"}
     limited(monkeypatch, 40.0)  # far less time than before
     outcome, _ = run(given)
     assert outcome.output is not None

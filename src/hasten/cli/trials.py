@@ -58,8 +58,9 @@ def show(one: dict[str, Any], as_json: bool) -> None:
         ("measured", f"{losses(one)}; {one['bytes'] / 1e6:,.2f} MB of matrices{speeds(one)}"),
     )
     print("\n".join(f"# {name}: {text}" for name, text in facts))
+    beside = {key: found for key in ("structure", "cache") if (found := one["figures"].get(key))}
     tensors = [{"match": name, "format": c[0], "method": c[1]} for name, c in one["choices"].items()]
-    print(yaml.safe_dump({"tensors": tensors}, sort_keys=False), end="")
+    print(yaml.safe_dump({**beside, "tensors": tensors}, sort_keys=False), end="")
 
 
 def state(one: dict[str, Any]) -> str:

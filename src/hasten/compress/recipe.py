@@ -105,8 +105,8 @@ def parse(text: str) -> Recipe:
         raise InputError(f"this is not YAML: {' '.join(str(error).split())}", EXAMPLE) from None
     except RecursionError:
         raise InputError("this is not a recipe: it is nested too deeply", EXAMPLE) from None
-    if not isinstance(document, dict) or not ("tensors" in document or "structure" in document):
-        raise InputError("a recipe is a mapping with the key 'tensors', or 'structure', or both", EXAMPLE)
+    if not isinstance(document, dict) or not {"tensors", "structure", "cache"} & set(document):
+        raise InputError("a recipe is a mapping with one of the keys 'tensors', 'structure' and 'cache'", EXAMPLE)
     unknown = [key for key in document if key not in ("tensors", "structure", "fold", "cache")]
     if unknown:
         raise InputError(f"unknown key '{unknown[0]}' in the recipe", "its keys: tensors, structure, fold and cache")

@@ -20,6 +20,7 @@ import numpy as np
 from hasten import formats
 from hasten.backends.batch import Float32, Int32, Limits
 from hasten.backends.cache import KvFormat
+from hasten.backends.host import native_build
 from hasten.checkpoint import Model, files, safetensors
 from hasten.checkpoint.write import stored_arrays
 from hasten.compress import calibrate, folds, gradients, methods
@@ -35,7 +36,7 @@ from hasten.graph.structure import Structure
 
 New = dict[str, Weight | Float32]
 
-VERSION = 2
+VERSION = 3
 """Of what a work folder holds."""
 LIBRARIES = 64 << 20
 """Bytes that linear algebra takes for its own buffers, once."""
@@ -62,6 +63,7 @@ class Task:
         """What the work of another run must agree with to be taken up."""
         return {
             "version": VERSION,
+            "build": native_build(),
             "model": files.fingerprint(self.model.path),
             "structure": self.model.structure.json(),
             "context": self.model.graph.context,

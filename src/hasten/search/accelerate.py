@@ -75,7 +75,8 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
     clock = Clock(settings.minutes)
     job = prepare(settings, report, note, clock)
     domains.check(job)
-    settings, most = job.settings, cap.most_bytes(job)
+    settings = job.settings
+    cap.check(job)
     before = target.original(job) if job.objective.target else None
     with Trials(work_folder(settings.output), settings.keep_work) as trials:
         if trials.count():
@@ -87,13 +88,13 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         space, times = explore(job, statistics, packer, trials)
         start = Start(job, packer, space, times)
         each = seconds_per_token(job, trials)
-        most = choose_caches(start, statistics, each, most, trials)
+        most = choose_caches(start, statistics, each, trials)
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
         refiner, proof = refine(start, sample, finals[0], most, each, before, trials)
         if not job.objective.target:
-            start, refiner = other_shape(start, refiner, sample, finals[0], most, trials)
+            start, refiner = other_shape(start, refiner, sample, finals[0], trials)
             job, packer, times = start.job, start.packer, start.times
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
@@ -147,7 +148,15 @@ def ask_original(job: Job, trials: Trials) -> None:
             assert budget.file is not None
             task, key = samples.searched(job.tasks[budget.file]), [job.key, "original"]
             right = quality.asked(
-                task, job.graph, job.threads, trials, key, lambda: job.original, "asking the original", job.report
+                task,
+                job.graph,
+                job.threads,
+                trials,
+                key,
+                lambda: job.original,
+                "asking the original",
+                job.report,
+                job.kv_format,
             )
             if doubt := quality.check_task(budget, task, right):
                 job.say(doubt)
@@ -159,7 +168,8 @@ def compare_texts(job: Job, trials: Trials) -> None:
 
     def make() -> list[float]:
         report = lambda _, done, total: job.report("comparing texts", done, total)  # noqa: E731
-        found = [quality.score(job.graph, job.original, own, None, job.threads, report) for own in pair]
+        kv = (job.kv_format, job.kv_format)
+        found = [quality.score(job.graph, job.original, own, None, job.threads, report, kv_formats=kv) for own in pair]
         return [float(one.perplexity) if one else float("inf") for one in found]
 
     with job.stage("calibration"):
@@ -230,9 +240,7 @@ class Start:
     times: dict[Site, float]
 
 
-def other_shape(
-    start: Start, refiner: Refiner, sample: Sample, final: Sample, most: int | None, trials: Trials
-) -> tuple[Start, Refiner]:
+def other_shape(start: Start, refiner: Refiner, sample: Sample, final: Sample, trials: Trials) -> tuple[Start, Refiner]:
     """Where the search ends: `start`, or the best other shape of the model that is worth it, if that came out cheaper.
 
     It must be clearly cheaper by its best candidate that fits: a shape of its own is one that others cannot serve.
@@ -258,10 +266,15 @@ def other_shape(
     space = replace(space, before=(start.space.original_cost, start.space.original_bytes))
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
-    most = choose_caches(begun, statistics, each, most, trials)
+    most = choose_caches(begun, statistics, each, trials)
     tried, _ = refine(begun, sample, final, most, each, None, trials)
     pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]
-    if pair[1] < CHEAPER * pair[0]:
+    loser, name = (refiner, "all of the model") if pair[1] < CHEAPER * pair[0] else (tried, shape.name)
+    its = job if loser is refiner else other
+    for one in loser.tried:
+        told = {**document.candidate(its, one, Proof(), loser), "name": f"{one.name}, {name}"}
+        job.others.append((told, one.choices))
+    if loser is refiner:
         job.say(
             f"the search ends with {shape.name}: its best candidate's matrices are predicted to take "
             f"{pair[1] / pair[0]:.0%} of what those of the best one with all of them do"
@@ -270,20 +283,16 @@ def other_shape(
     return start, refiner
 
 
-def choose_caches(start: Start, statistics: Statistics, each: float, most: int | None, trials: Trials) -> int | None:
-    """Sets the cache that all candidates have; returns what the matrices may then take, `most` before."""
+def choose_caches(start: Start, statistics: Statistics, each: float, trials: Trials) -> int | None:
+    """Sets the cache that all candidates have; returns what the matrices may take beside it."""
     job = start.job
     with job.stage("caches"):
-        weights = start.packer.model(start.space.uniform(caches.LIKELY))
-        found = caches.choose(job, statistics.final, weights, each, trials)
-    if found is None:
-        return most
+        likely = lambda: start.packer.model(start.space.uniform(caches.LIKELY))  # noqa: E731
+        found = caches.choose(job, statistics.final, likely, each, trials)
     job.caches = found.json()
-    if not found.chosen:
-        return most
-    before = cap.serving(job).kv_cache
-    job.cache = memory.kv_format((), found.formats)
-    return None if most is None else most + before - cap.serving(job).kv_cache
+    if found.chosen:
+        job.cache = memory.kv_format((), found.formats)
+    return None if job.objective.cap is None else job.objective.cap - cap.serving(job).total
 
 
 def refine(
@@ -363,8 +372,9 @@ def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -
     """For `hasten trials`. A history that cannot be kept is no reason to lose what was found."""
     asked = [made["budget"]["text"], made["aim"], job.settings.minutes]
     run = trials.measure("run", asked, lambda: [uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")])
+    choices = {t.name: t.choices for t in refiner.tried} | {told["name"]: own for told, own in job.others}
     try:
-        history.record(run[0], made, str(job.key[1]), {t.name: t.choices for t in refiner.tried}, run[1])
+        history.record(run[0], made, str(job.key[1]), choices, run[1])
     except OutputError as error:
         job.say(f"this search is not in `hasten trials`: {error.message}")
 

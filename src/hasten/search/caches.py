@@ -2,14 +2,14 @@
 
 Each layer's loss in fewer bits is measured alone (compress/kv.py); a knapsack saves the most bytes with losses that add
 up to a small share of the budget, so the matrices keep the rest. Where speed is the objective, the choice is timed in
-turn with the cache as it is, under weights like those that will come of the search, and refused if it is not faster.
+turn with the cache as it is, under weights like those that will come of the search, and refused if it buys little.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from hasten.backends import cache
@@ -24,6 +24,8 @@ from hasten.search.trials import Trials
 
 SHARE = 0.1
 """Of the budget that caches may use up."""
+LEAST_GAIN = 1.03
+"""What matrices buy for as much of a budget, about."""
 TOKENS = 1024
 ROUNDS = 5
 LIKELY = "int4-g64"
@@ -34,19 +36,20 @@ MOST = 0.1
 
 @dataclass(frozen=True)
 class Caches:
-    """`formats`: of each layer; `saved`: bytes of a token, of `before`. `gain`: times the speed, where that counts."""
+    """`formats`: of each layer, the original's where none was chosen; bytes are of a token, all layers together."""
 
     formats: tuple[str, ...]
     before: int
-    saved: int
-    loss: float
+    after: int
+    loss: float = 0.0
     """The sum of its layers' losses, nats a token."""
     gain: speed.Gain | None = None
+    """Times the speed, where that counts."""
     refused: str | None = None
 
     @property
     def chosen(self) -> bool:
-        return self.saved > 0 and self.refused is None
+        return self.refused is None
 
     def json(self) -> dict[str, Any]:
         return {
@@ -54,36 +57,48 @@ class Caches:
             "formats": memory.shown_format(self.formats),
             "layers": list(self.formats),
             "bytes_before": self.before,
-            "bytes_saved": self.saved,
+            "bytes_after": self.after,
             "loss": self.loss,
             "gain": asdict(self.gain) if self.gain else None,
             "refused": self.refused,
         }
 
 
-def choose(job: Job, final: Hidden, weights: Weights, each: float, trials: Trials) -> Caches | None:
-    """The caches that the candidates are to have; None where there is no budget to spend, or no time to look.
+def choose(job: Job, final: Hidden, weights: Callable[[], Weights], each: float, trials: Trials) -> Caches:
+    """The caches that the candidates are to have.
 
-    `final`: the original's last hidden states of the calibration's first windows; `weights`: those to be timed with.
+    `final`: the original's last hidden states of the calibration's first windows; `weights()`: those to be timed with.
     `each`: seconds that the original takes for a token.
     """
-    if not math.isfinite(job.budget.nats):
-        return None
-    graph, plain = job.graph, "bf16" if job.kv_format == "f32" else job.kv_format
-    before = cache.formats_of(graph, plain)
+    graph, original = job.graph, cache.formats_of(job.graph, job.kv_format)
     windows = texts.take(job.texts.calibration[: len(final)], TOKENS)
-    tokens = sum(len(w) for w in windows)
-    passes = len(kv.FORMATS) * len(graph.blocks) / 2
-    if job.clock.limited and passes * tokens * each > MOST * job.clock.left():
+    before = memory.kv_bytes(graph, original)
+    key = [job.key, texts.digest(windows), list(original)]
+
+    def why_not() -> str | None:
+        tokens, passes = sum(len(w) for w in windows), len(kv.FORMATS) * len(graph.blocks) / 2
+        if not math.isfinite(job.budget.nats):
+            return "without a budget nothing says what they may lose"
+        if job.objective.name == "memory" and job.objective.cap is None:
+            return "the objective counts the bytes of matrices"
+        if job.clock.limited and passes * tokens * each > MOST * job.clock.left():
+            return "there is no time to measure them"
         return None
-    key = [job.key, texts.digest(windows), list(before)]
+
+    (refused,) = trials.measure(
+        "schedule", ["caches", *key, asdict(job.objective), str(job.budget)], lambda: [why_not()]
+    )
+    if refused:
+        return Caches(original, before, before, refused=refused)
+    # f32 is the cache of models in f32 only: their candidates' is bf16, unless it is in fewer bits.
+    plain: KvFormat = "bf16" if job.kv_format == "f32" else job.kv_format
 
     def measured() -> list[Any]:
         losses = kv.measure(
             graph,
             job.original,
             windows,
-            kv_format=before,
+            kv_format=plain,
             final=final if plain == job.kv_format else None,
             threads=job.threads,
             report=job.report,
@@ -91,27 +106,30 @@ def choose(job: Job, final: Hidden, weights: Weights, each: float, trials: Trial
         return [[layer, name, loss] for (layer, name), loss in losses.items()]
 
     losses = {(layer, name): loss for layer, name, loss in trials.measure("caches", key, measured)}
-    formats = kv.choose(graph, losses, SHARE * job.budget.nats, before)
-    saved = sum(kv.saved_bytes(graph, before, layer, name) for layer, name in enumerate(formats))
-    loss = sum(losses.get((layer, name), 0.0) for layer, name in enumerate(formats))
-    found = partial(Caches, formats, memory.kv_bytes(graph, before), saved, loss)
-    if not saved or job.objective.name == "memory":
-        return found()
-    gain = timed(job, weights, plain, formats, [key, list(formats)], trials)
-    refused = (
-        None if gain.holds else f"not certainly faster: {gain.estimate:.2f} times ({gain.low:.2f} to {gain.high:.2f})"
-    )
-    return found(gain, refused)
+    formats = kv.choose(graph, losses, SHARE * job.budget.nats, plain)
+    after = memory.kv_bytes(graph, formats)
+    loss = sum(losses.get(place, 0.0) for place in enumerate(formats))
+    if after >= memory.kv_bytes(graph, plain):
+        return Caches(original, before, before, refused="no layer bears fewer bits")
+    if job.objective.cap is not None:
+        return Caches(formats, before, after, loss)
+    gain = timed(job, weights, plain, formats, [key, formats], trials)
+    shown = f"{gain.estimate:.2f} times ({gain.low:.2f} to {gain.high:.2f})"
+    worth = gain.holds and gain.estimate >= LEAST_GAIN
+    return Caches(formats, before, after, loss, gain, None if worth else f"it buys too little speed: {shown}")
 
 
-def timed(job: Job, weights: Weights, plain: KvFormat, formats: KvFormat, key: Any, trials: Trials) -> speed.Gain:
+def timed(
+    job: Job, weights: Callable[[], Weights], plain: KvFormat, formats: KvFormat, key: Any, trials: Trials
+) -> speed.Gain:
     """How much faster `formats` make the objective than `plain`."""
 
     def compare() -> dict[str, float]:
+        made = weights()
         _, (found,) = speed.compare(
-            (job.graph, weights),
+            (job.graph, made),
             job.graph,
-            [weights],
+            [made],
             objective=job.objective,
             threads=job.threads,
             rounds=ROUNDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hasten.backends.batch import Limits
+from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.engine.llm import STEP_TOKENS
 from hasten.engine.memory import size
@@ -11,10 +12,12 @@ from hasten.search.candidates import nbytes, tensors
 from hasten.search.job import Job
 
 BLOCK = 32
+LEAST = "int4"
+"""The smallest format of a cache."""
 
 
-def serving(job: Job) -> memory.Prediction:
-    """What serving takes beside the matrices: vectors, a cache, and buffers.
+def serving(job: Job, kv_format: KvFormat | None = None) -> memory.Prediction:
+    """What serving takes beside the matrices: vectors, a cache (of candidates, unless said), and buffers.
 
     The cache holds as many sequences as the objective has, of the lengths that were given, or one whole context.
     """
@@ -27,19 +30,19 @@ def serving(job: Job) -> memory.Prediction:
         max_rows=aim.batch,
         block_size=BLOCK,
         kv_blocks=-(-context // BLOCK) * aim.batch,
-        kv_format=job.kv_format if job.cache == "auto" else job.cache,
+        kv_format=kv_format or (job.kv_format if job.cache == "auto" else job.cache),
         threads=job.threads,
     )
     vectors = sum(4 * spec.shape[0] for spec in job.graph.weights.values() if not spec.is_matrix)
     return memory.predict(job.graph, vectors, limits)
 
 
-def most_bytes(job: Job) -> int | None:
-    """What the matrices may take, None for anything. Raises MemoryLimitError where no choice of formats is so small."""
+def check(job: Job) -> None:
+    """Raises MemoryLimitError where no choice of formats, the cache's included, keeps the cap."""
     cap = job.objective.cap
     if cap is None:
-        return None
-    beside, found = serving(job), tensors(job.graph, job.original)
+        return
+    beside, found = serving(job, LEAST), tensors(job.graph, job.original)
     least = sum(min(nbytes(t, c) for c in t.choices) for t in found)
     if least + beside.total > cap:
         raise MemoryLimitError(
@@ -48,8 +51,7 @@ def most_bytes(job: Job) -> int | None:
             f"(matrices {size(least)}, cache {size(beside.kv_cache)}, buffers {size(beside.buffers)})",
             "a larger --memory-cap, or shorter --lengths or a smaller --batch for a smaller cache",
         )
-    whole = sum(nbytes(t, t.choices[0]) for t in found) + beside.total
+    whole = sum(nbytes(t, t.choices[0]) for t in found) + serving(job).total
     job.original_allowed = whole <= cap
     if not job.original_allowed:
         job.say(f"the original takes {size(whole)}, more than the memory cap of {size(cap)}: it is no choice here")
-    return cap - beside.total

@@ -73,6 +73,6 @@ def measure(job: Job, choices: Any, weights: Weights, each: float, trials: Trial
                 "tokens": score.tokens,
             }
 
-        key = [job.key, texts.digest(windows), facts(choices)]
+        key = [job.key, texts.digest(windows), facts(choices), job.kv_formats]
         found.append({"text": name, **trials.measure("other", key, make)})
     return found

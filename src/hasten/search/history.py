@@ -155,10 +155,10 @@ def record(run: str, document: Json, fingerprint: str, choices: Mapping[str, Map
         "reason": document["verdict"]["reason"],
     }
     found = []
-    for number, one in enumerate(document["candidates"]):
+    for number, one in enumerate([*document["candidates"], *document.get("others", ())]):
         own = {n: [c.format, c.method] for n, c in choices[one["name"]].items()}
-        recipe = trials.digest(own)
-        kept = ("readings", "speedup", "rate", "recipe", "cost", "cost_of_original", "allowance")
+        recipe = trials.digest([own, one.get("structure"), one.get("cache")])
+        kept = ("readings", "speedup", "rate", "recipe", "structure", "cache", "cost", "cost_of_original", "allowance")
         found.append(
             {
                 "id": trials.digest([run, number, recipe])[:12],
@@ -169,7 +169,7 @@ def record(run: str, document: Json, fingerprint: str, choices: Mapping[str, Map
                 "bytes": one["bytes"],
                 "fits": int(one["fits"]),
                 "chosen": int(one["chosen"]),
-                "figures": json.dumps({key: one[key] for key in kept}),
+                "figures": json.dumps({key: one.get(key) for key in kept}),
                 "choices": json.dumps(own),
             }
         )

@@ -17,6 +17,7 @@ from hasten.bench import machine
 from hasten.bench.machine import Machine
 from hasten.checkpoint import Model, files
 from hasten.compress.calibrate import Weights
+from hasten.compress.recipe import Choice
 from hasten.engine import memory
 from hasten.engine.llm import DEFAULT_CONTEXT
 from hasten.errors import InputError, MemoryLimitError, OutputError
@@ -34,7 +35,7 @@ from hasten.search.trials import Json
 
 Report = Callable[[str, int, int], None]
 Note = Callable[[str], None]
-VERSION = 3
+VERSION = 4
 """Of the measurements that a search keeps: older ones are not reused after what they mean has changed."""
 DEFAULT_BUDGET = "ppl=1%"
 CONTENDERS = 3
@@ -99,6 +100,8 @@ class Job:
     """The model that was given, where the search starts from another shape of it."""
     shape: Json | None = None
     """That shape: its name and what a recipe's `structure` says."""
+    others: list[tuple[Json, dict[str, Choice]]] = field(default_factory=list)
+    """Candidates of the shape that the search did not end with: as documents have them, and their choices."""
     shapes: list[Json] = field(default_factory=list)
     """All that were measured."""
     caches: Json | None = None

@@ -73,7 +73,7 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[Sample], trials: Trials, 
             proof.reason = f"no candidate was proven within the budget {job.budget} in the time given"
             return proof
         proof.reason = ""
-        key = [job.key, sample.digest(), number, measures]
+        key = [job.key, sample.digest(), number, measures, job.cache]
         kept = trials.get("proof", key)
         if kept is None:
             chosen = contender(job, refiner, proof, rejected)

@@ -45,7 +45,7 @@ def calibration(job: Job, trials: Trials) -> int:
     def decide() -> int:
         window = job.texts.calibration[0][:256]
         start = time.monotonic()
-        perplexity.measure(job.graph, job.original, [window], threads=job.threads)
+        perplexity.measure(job.graph, job.original, [window], threads=job.threads, kv_format=job.kv_format)
         each = (time.monotonic() - start) / len(window)
         return int(min(most, max(FEWEST_CALIBRATION, CALIBRATION * job.clock.left() / (2 * each))))
 
@@ -80,7 +80,7 @@ def trimmed(job: Job, found: Sequence[Tensor], packer: Packer, trials: Trials) -
 
 
 def shapes(job: Job, trials: Trials) -> bool:
-    """Whether other shapes of the model are looked at: where the search so far was quick, and there is time for more."""
+    """Whether other shapes of the model are looked at: where the search was quick so far, and there is time for it."""
     facts = ["shapes", job.key, job.settings.minutes]
 
     def decide() -> bool:

@@ -64,10 +64,9 @@ def caches(document: Json) -> Section:
     """What the cache of keys and values could be in, and whether it is."""
     found, rows = document["cache"], []
     if found:
-        before, after = found["bytes_before"], found["bytes_before"] - found["bytes_saved"]
-        verdict = "chosen" if found["chosen"] else found["refused"] or "no layer bears fewer bits"
+        bytes_ = f"{found['bytes_before']:,} to {found['bytes_after']:,}"
         gain = _gain(found["gain"]) if found["gain"] else ""
-        rows.append((found["formats"], f"{before:,} to {after:,}", f"{found['loss']:.5f}", gain, verdict))
+        rows.append((found["formats"], bytes_, f"{found['loss']:.5f}", gain, found["refused"] or "chosen"))
     head = ("", "bytes a token", "KL divergence, nats", f"{document['objective']} gain", "")
     note = "The loss is the sum of what each layer alone loses; the gain is timed in turn with the cache as it was."
     return Section("Keys and values in the cache", head, rows, note)

@@ -25,6 +25,7 @@ from hasten import formats, models
 from hasten.backends.batch import Int32
 from hasten.checkpoint import Model
 from hasten.compress import restructure, structure_recipe
+from hasten.engine import memory
 from hasten.errors import ConfigError, HastenError, InputError
 from hasten.evaluate import perplexity
 from hasten.formats import Weight
@@ -134,7 +135,13 @@ def _measured(job: Job, recipe: Mapping[str, Any], fit: Sequence[Int32], held_ou
     loss = None
     try:
         evaluation = perplexity.measure(
-            made.graph, made.weights(), held_out, reference=(job.graph, job.original), threads=job.threads
+            made.graph,
+            made.weights(),
+            held_out,
+            reference=(job.graph, job.original),
+            threads=job.threads,
+            kv_format=memory.kv_format(made.formats.values(), own=made.kv_formats),
+            reference_kv_format=job.kv_format,
         )
         assert evaluation.divergences is not None
         mean = float(np.concatenate(evaluation.divergences).mean())

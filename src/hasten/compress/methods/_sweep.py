@@ -64,8 +64,10 @@ _last: dict[str, tuple[npt.NDArray[Any], float, npt.NDArray[Any], Factor]] = {}
 def _factor(hessian: npt.NDArray[Any], order: npt.NDArray[Any], damping: float) -> Factor:
     matrix: Float32 = np.take(np.take(np.asarray(hessian, np.float32), order[::-1], axis=0), order[::-1], axis=1)
     mean = float(matrix.trace(dtype=np.float64)) / len(matrix)
-    if not np.isfinite(matrix).all() or mean < 0:
+    if not np.isfinite(matrix).all():
         raise FormatError("the second moments of a matrix's inputs are not finite", "calibrate on another text")
+    if mean < 0:
+        raise FormatError("the second moments of a matrix's inputs are no covariance", "calibrate on another text")
     if mean == 0:
         return Factor(np.eye(len(matrix), dtype=np.float32), np.ones(len(matrix), np.float32))
     diagonal = np.arange(len(matrix))
