@@ -49,6 +49,9 @@ def test_first_match_wins_and_the_rest_stays() -> None:
         ("tensors: [{match: a, match: b, format: int8-g64}]", "stands twice"),
         ("tensors: [{match: !!python/object/apply:os.system [x], format: int8-g64}]", "not YAML"),
         ("[" * 5000, "nested too deeply"),
+        ("cache: int5", "'cache' is 'int5', must be bf16, int8, int4 or f32, or a list"),
+        ("cache: []", "'cache' is []"),
+        ("cache: [int8, [int4]]", "'cache' is ['int8', ['int4']]"),
     ],
 )
 def test_wrong_recipes(text: str, said: str) -> None:

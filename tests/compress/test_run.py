@@ -50,6 +50,23 @@ def test_a_recipe_by_hand(files, tmp_path, capsys) -> None:
     assert "not empty" in capsys.readouterr().err
 
 
+def test_a_recipe_says_what_caches_are_in_and_an_artifacts_own_stay(files, tmp_path, capsys) -> None:
+    recipe, first, second = tmp_path / "recipe.yaml", tmp_path / "first", tmp_path / "second"
+    recipe.write_text("cache: [int8, int4]")
+    assert main(["compress", str(files[0]), "-o", str(first), "--recipe", str(recipe)]) == 0
+    made = checkpoint.open(str(first))
+    assert made.kv_formats == ("int8", "int4")
+    assert set(made.formats.values()) == {"f32"}
+    recipe.write_text("tensors: [{match: '*.mlp.*', format: int4-g32, method: nearest}]")
+    assert main(["compress", str(first), "-o", str(second), "--recipe", str(recipe)]) == 0
+    assert checkpoint.open(str(second)).kv_formats == ("int8", "int4")
+    capsys.readouterr()
+    recipe.write_text("cache: [int8]")
+    assert main(["compress", str(files[0]), "-o", str(tmp_path / "third"), "--recipe", str(recipe)]) == 2
+    assert "names 1 layers, the model has 2" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 @pytest.mark.parametrize("recipe", ["tensors: [{match: 'layers.9.*', format: int8-g64}]", "bits: 4"])
 def test_a_wrong_recipe_writes_nothing(files, tmp_path, capsys, recipe) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)

@@ -87,3 +87,11 @@ def test_a_restructured_artifact_is_accelerated_like_any_model(files, tmp_path, 
     assert made.structure == small.structure
     assert made.graph.weights["model.layers.1.mlp.up_proj.weight.left"].shape == (96, 20)
     assert set(made.formats.values()) > {"f32"}
+
+
+def test_what_a_shape_promises_weighs_its_loss() -> None:
+    """A quarter of the budget left over costs a bit for each weight."""
+    one = structures.Shape("", {}, Structure(), 0.0075, 0.8, 0.8, None, None)
+    assert one.promise(0.01, 4.0) == pytest.approx(0.8 * 5 / 4)
+    assert replace(one, loss=0.0).promise(0.01, 4.0) == pytest.approx(0.8)
+    assert replace(one, loss=0.02).promise(0.01, 4.0) == replace(one).promise(0.0, 4.0) == float("inf")

@@ -254,13 +254,14 @@ def other_shape(start: Start, refiner: Refiner, sample: Sample, final: Sample, t
     usable = [shape for shape in found if shape.refused is None]
     if not usable:
         return start, refiner
-    shape = usable[0]
+    best = min((t for t in refiner.tried if t.fits), key=lambda t: t.cost, default=None)
+    bits = 8 * (best.bytes if best else start.space.original_bytes) / sum(t.parameters for t in start.space.tensors)
+    shape = min(usable, key=lambda s: s.promise(job.budget.nats, bits))
     with job.stage("shapes"):
         other = job.starting(shape.model, {"name": shape.name, "recipe": dict(shape.recipe), **shape.json()})
     statistics = calibrated(other, trials)
     packer = Packer(other.original, other.model.tensor, statistics.inputs, other.packed // 2)
     # What the best candidate so far is made of: other formats have had their chance.
-    best = min((t for t in refiner.tried if t.fits), key=lambda t: t.cost, default=None)
     only = {"int8-g64", *(c.format for c in best.choices.values())} if best else None
     space, times = explore(other, statistics, packer, trials, only)
     space = replace(space, before=(start.space.original_cost, start.space.original_bytes))

@@ -14,6 +14,7 @@ for, the same each time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -71,6 +72,14 @@ class Shape:
     def model(self) -> Model:
         """With its weights in the model's dtype, made anew. Raises what restructure.apply raises."""
         return _made(self.job, self.recipe, _split(self.job)[0])
+
+    def promise(self, nats: float, bits: float) -> float:
+        """The cost of its best candidate, roughly, as a share: a bit less for each weight loses four times as much.
+
+        `nats`: of the budget; `bits` a weight: of the best candidate of the whole shape, which has all of it.
+        """
+        left = 1 - self.loss / nats if nats > 0 else 0.0
+        return self.cost * (1 - math.log(left, 4) / bits) if left > 0 else math.inf
 
     def json(self) -> Json:
         """For reports."""
