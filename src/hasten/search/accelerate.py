@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ from hasten.search import (
     domains,
     evidence,
     history,
+    predict,
     quality,
     report,
     samples,
     schedule,
     sensitivity,
+    speed,
     structures,
     target,
     texts,
@@ -57,6 +59,8 @@ from hasten.search.trials import Trials, digest
 
 CHEAPER = 0.98
 """Of the cost that the best candidate of the given shape has: another shape must do better than that."""
+ROUNDS = 3
+"""In which the original is timed beside its kernels."""
 UNLIKE, UNLIKE_TOKENS = 3.0, 2048
 """Texts whose perplexities are this far apart are not of one kind."""
 
@@ -205,6 +209,7 @@ def explore(
     with job.stage("timing kernels"):
         objective = job.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
+        whole = None if job.shape or not objective.phases else whole_seconds(job, trials)
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
         plan = schedule.sensitivities(job, found, seconds_per_token(job, trials), available, trials)
@@ -227,7 +232,26 @@ def explore(
         )
     losses = sensitivity.estimate(found, measured, errors)
     costs = [cost.costs(t, objective, times) for t in found]
-    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found]), times
+    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found], whole=whole), times
+
+
+def whole_seconds(job: Job, trials: Trials) -> float:
+    """Of the objective's steps with the original, at the time when its matrices' kernels were timed alone."""
+
+    def make() -> float:
+        run, _ = speed.compare(
+            (job.graph, job.original),
+            job.graph,
+            [],
+            objective=job.objective,
+            threads=job.threads,
+            rounds=ROUNDS,
+            report=job.report,
+            kv_formats=job.kv_formats,
+        )
+        return predict.seconds(run, job.objective)
+
+    return float(trials.measure("whole", [job.key, job.kernels, asdict(job.objective), job.threads], make))
 
 
 @dataclass(frozen=True)
@@ -264,7 +288,8 @@ def other_shape(start: Start, refiner: Refiner, sample: Sample, final: Sample, t
     # What the best candidate so far is made of: other formats have had their chance.
     only = {"int8-g64", *(c.format for c in best.choices.values())} if best else None
     space, times = explore(other, statistics, packer, trials, only)
-    space = replace(space, before=(start.space.original_cost, start.space.original_bytes))
+    before = (start.space.original_cost, start.space.original_bytes)
+    space = replace(space, before=before, whole=start.space.whole)
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
     most = choose_caches(begun, statistics, each, trials)

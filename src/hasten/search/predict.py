@@ -64,7 +64,10 @@ def predictions(
     """Of every candidate that was timed; each is corrected by the others only."""
     if objective.name == "memory":
         return []
-    composed = {t.name: compose(refiner, t, seconds(runs[t.name], objective)) for t in refiner.tried if t.name in runs}
+    whole = refiner.space.whole
+    composed = {
+        t.name: compose(refiner, t, whole or seconds(runs[t.name], objective)) for t in refiner.tried if t.name in runs
+    }
     gains = {name: speeds[name].gain(objective.name) for name in composed}
     off = {name: 1 / gains[name].estimate - share for name, share in composed.items()}
     found = []

@@ -78,6 +78,9 @@ class Space:
     before: tuple[float, int] | None = None
     """Cost and bytes of the model that was given, where the search started from another shape of it."""
 
+    whole: float | None = None
+    """Seconds that all of the given model takes for what its matrices' costs are of, timed when these were."""
+
     @property
     def original_cost(self) -> float:
         return self.before[0] if self.before else self.cost(self.original)

@@ -82,7 +82,9 @@ def shapes(document: Json) -> Section:
             f"{one['parameters']:.1%}",
             f"{one['cost']:.1%}",
             "" if one["loss"] is None else f"{one['loss']:.4f}",
-            "the search ends with it" if one["name"] == ended else one["refused"] or "",
+            "the search ends with it"
+            if one["name"] == ended
+            else one["refused"] or "worth a look; nothing cheaper came of it",
         )
         for one in document["shapes"]
     ]
