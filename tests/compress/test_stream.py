@@ -70,9 +70,8 @@ def test_work_of_another_task_is_not_taken_up(made, tmp_path: Path) -> None:
     stream.compress(three, tmp_path / "work")
     found = stream.compress(four, tmp_path / "work")
     assert same(found, stream.compress(four, tmp_path / "fresh"))
-    assert (
-        replace(four, folds=("hadamard",)).facts() != four.facts()
-    )  # folded into the model, which is the same on disk
+    # Folded into the model, which is the same on disk.
+    assert replace(four, folds=("hadamard",)).facts() != four.facts()
     shorter = replace(four, windows=four.windows[:3])
     assert not same(found, stream.compress(shorter, tmp_path / "work"))
 

@@ -55,7 +55,7 @@ def test_refused_caches_are_told_and_not_used(others, gain, said, files, tmp_pat
     assert "Keys and values in the cache" in page
 
 
-def test_no_time_is_decided_once(files, tmp_path, monkeypatch) -> None:  # noqa: F811
+def test_where_there_is_no_time_that_is_told(files, tmp_path, monkeypatch) -> None:  # noqa: F811
     as_fast(2.0, monkeypatch)
     monkeypatch.setattr(caches, "MOST", 0.0)
     outcome, _ = run(settings(files, tmp_path / "fast", budget="ppl=5%", minutes=5.0))

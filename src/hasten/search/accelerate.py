@@ -41,7 +41,6 @@ from hasten.search import (
     samples,
     schedule,
     sensitivity,
-    speed,
     structures,
     target,
     texts,
@@ -51,7 +50,7 @@ from hasten.search.clock import Clock
 from hasten.search.cost import Site
 from hasten.search.evidence import Evidence
 from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
-from hasten.search.prove import Proof, prove
+from hasten.search.prove import Proof, prove, timed
 from hasten.search.quality import Bounds, Judge
 from hasten.search.refine import Refiner, Space, Tried
 from hasten.search.samples import Sample
@@ -239,16 +238,7 @@ def whole_seconds(job: Job, trials: Trials) -> float:
     """Of the objective's steps with the original, at the time when its matrices' kernels were timed alone."""
 
     def make() -> float:
-        run, _ = speed.compare(
-            (job.graph, job.original),
-            job.graph,
-            [],
-            objective=job.objective,
-            threads=job.threads,
-            rounds=ROUNDS,
-            report=job.report,
-            kv_formats=job.kv_formats,
-        )
+        run, _ = timed(job, [], ROUNDS)
         return predict.seconds(run, job.objective)
 
     return float(trials.measure("whole", [job.key, job.kernels, asdict(job.objective), job.threads], make))
@@ -376,12 +366,13 @@ def write(
     weights = packer.model(chosen.choices)
     before, after = proof.final[chosen.name]
     measurements = {"budget": str(job.budget), **proof.attempts[-1].figures}
+    recipe = document.recipe(chosen.choices, (job.shape or {}).get("recipe"), job.cache)
     with job.stage("writing"):
         checkpoint.write_artifact(
             staging,
             job.model,
             weights,
-            document.recipe(chosen.choices, (job.shape or {}).get("recipe"), job.cache),
+            recipe,
             measurements,
             () if job.kv_formats[1] == "auto" else cache.formats_of(job.graph, job.kv_formats[1]),
         )
@@ -390,7 +381,7 @@ def write(
         peaks = peak_memory(job, staging)
     schedule.overrun(job)
     made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)), told)
-    report.write(staging, made, chosen.choices)
+    report.write(staging, made, recipe)
     return made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hasten.bench.latency import Run
+from hasten.compress.calibrate import Weights
 from hasten.compress.recipe import Choice
 from hasten.engine.memory import size
 from hasten.evaluate.bootstrap import interval
@@ -166,10 +167,15 @@ def reached(job: Job, proof: Proof, chosen: Tried, rate: float) -> bool:
 
 def compare(job: Job, refiner: Refiner, chosen: Sequence[Tried], rounds: int) -> tuple[Run, list[Speed]]:
     """Candidates timed in turn with the original."""
+    return timed(job, [refiner.model(t.choices) for t in chosen], rounds)
+
+
+def timed(job: Job, candidates: Sequence[Weights], rounds: int) -> tuple[Run, list[Speed]]:
+    """The original's run and each candidate's speed, as the objective has them and with the caches that serve them."""
     return speed.compare(
         job.reference,
         job.graph,
-        [refiner.model(t.choices) for t in chosen],
+        candidates,
         objective=job.objective,
         threads=job.threads,
         rounds=rounds,

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hasten.compress.recipe import Choice
 from hasten.errors import OutputError
-from hasten.search import document as documents
 from hasten.search import plots, sections, table
 from hasten.search.sections import Section
 from hasten.search.texts import NEGLIGIBLE
@@ -20,16 +18,14 @@ from hasten.search.texts import NEGLIGIBLE
 Json = dict[str, Any]
 
 
-def write(folder: Path, document: Json, choices: Mapping[str, Choice]) -> None:
-    """Raises OutputError where the folder cannot take them."""
-    found = document["cache"]
-    cache = tuple(found["layers"]) if found and found["chosen"] else "auto"
-    recipe = yaml.safe_dump(documents.recipe(choices, (document["shape"] or {}).get("recipe"), cache), sort_keys=False)
+def write(folder: Path, document: Json, recipe: Json) -> None:
+    """`recipe`: that made the artifact. Raises OutputError where the folder cannot take them."""
     files = {
         "report.json": json.dumps(document, indent=1) + "\n",
         "report.md": markdown(document),
         "report.html": html(document),
-        "recipe.yaml": "# What the search chose; `hasten compress` takes it.\n" + recipe,
+        "recipe.yaml": "# What the search chose; `hasten compress` takes it.\n"
+        + yaml.safe_dump(recipe, sort_keys=False),
     }
     for name, content in files.items():
         try:

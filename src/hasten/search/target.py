@@ -23,16 +23,7 @@ def original(job: Job) -> Run:
     target = job.objective.target
     assert target
     with job.stage("timing"):
-        run, _ = speed.compare(
-            job.reference,
-            job.graph,
-            [],
-            objective=job.objective,
-            threads=job.threads,
-            rounds=prove.ROUNDS,
-            report=job.report,
-            kv_formats=job.kv_formats,
-        )
+        run, _ = prove.timed(job, [], prove.ROUNDS)
     own = speed.rate(run, job.objective)
     if own >= target.rate and job.original_allowed:
         raise BudgetError(
