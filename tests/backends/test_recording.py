@@ -45,18 +45,19 @@ def test_times_are_in_order_and_inside_the_step(threads):
 def test_waits_are_in_order_and_inside_their_thread(threads):
     if _native.granted_threads() < 2:
         pytest.skip("with one core, a thread is rather held up than kept waiting")
-    program = compiled(threads)
-    program.record(50)
-    for _ in range(50):
-        program.step(batch(TOKENS_OF))
-    found, seen = program.recording(), 0
-    for run in range(50):
-        for thread in range(threads):
-            pairs = waits_of(found, run, thread).reshape(-1)
-            marks = found.marks[run, thread]
-            assert (np.diff(pairs) >= 0).all()
-            assert len(pairs) == 0 or marks[0] <= pairs[0] <= pairs[-1] <= marks[-1]
-            seen += len(pairs)
+    program, seen, deadline = compiled(threads), 0, time.monotonic() + 60
+    while seen == 0 and time.monotonic() < deadline:  # a busy machine may hold the others up through many steps
+        program.record(50)
+        for _ in range(50):
+            program.step(batch(TOKENS_OF))
+        found = program.recording()
+        for run in range(50):
+            for thread in range(threads):
+                pairs = waits_of(found, run, thread).reshape(-1)
+                marks = found.marks[run, thread]
+                assert (np.diff(pairs) >= 0).all()
+                assert len(pairs) == 0 or marks[0] <= pairs[0] <= pairs[-1] <= marks[-1]
+                seen += len(pairs)
     assert seen > 0
 
 
