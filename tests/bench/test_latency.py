@@ -134,6 +134,16 @@ def test_short_measurements_go_on_until_they_are_enough(monkeypatch: pytest.Monk
     assert run.rounds == latency.MAX_ROUNDS
 
 
+@pytest.mark.usefixtures("fixed_limits")
+@pytest.mark.parametrize(("seconds", "calls"), [(0.2, 3), (0.4, 1)])
+def test_what_is_short_is_decoded_again_in_turn(seconds: float, calls: int) -> None:
+    log: list[str] = []
+    pair = [Clockwork(name, log, [99, *(seconds + d for d in (0.0, 0.02, 0.01)[:calls])]) for name in "ab"]
+    ((_, times),) = latency.time_in_turn(pair, [1], rounds=1, decodes=3)
+    assert [[t.decode for t in own] for own in times] == [[pytest.approx(seconds + 0.01 * (calls > 1))]] * 2
+    assert [own.calls for own in pair] == [1 + calls] * 2  # the warm-up is one
+
+
 @pytest.mark.parametrize(
     ("sizes", "error", "words"),
     [

@@ -18,6 +18,7 @@ from hasten.errors import InputError
 from hasten.evaluate import text
 from hasten.search import accelerate as flow
 from hasten.search import batches, contribution, peers, plots, predict, quality, speed, texts
+from hasten.search.cost import Whole
 from hasten.search.objective import Objective
 from hasten.search.speed import Gain, Speed
 from hasten.search.trials import Trials
@@ -40,21 +41,34 @@ def test_a_prediction_is_the_originals_step_with_other_matrices() -> None:
         one.measure(name, dict.fromkeys(names, choice), None)
     one.measure("some", {**dict.fromkeys(names, KEEP), "b.0.w": SMALL}, None)
     runs = {t.name: timed(1 / 100) for t in one.tried}
-    truth = {"half": 0.76 + 0.03, "quarter": 0.64 + 0.03, "some": 0.97 + 0.03}  # each takes 3 s more than composed
+    truth = {"half": 0.76, "quarter": 0.64, "some": 0.97}
     speeds = {name: gain(1 / share) for name, share in truth.items()}
     found = {p.name: p for p in predict.predictions(one, Objective(), runs, speeds)}
-    assert found["half"].composed == pytest.approx(0.76)
-    assert found["quarter"].composed == pytest.approx(0.64)
-    assert found["some"].composed == pytest.approx(0.97)
     for name, share in truth.items():
+        assert found[name].corrected == found[name].composed == pytest.approx(share)  # nothing else is known
         assert found[name].measured == pytest.approx(share)
-        assert found[name].corrected == pytest.approx(share)  # by what the other two showed
         assert found[name].error == pytest.approx(0.0, abs=1e-12)
         assert found[name].low < share < found[name].high
-    alone = predict.predictions(one, Objective(), {"half": runs["half"]}, speeds)
-    assert alone[0].corrected == alone[0].composed  # nothing else is known
-    assert predict.near(alone) == 1.0
+    assert predict.near(list(found.values())) == 1.0
     assert predict.predictions(one, Objective("memory"), runs, speeds) == []
+
+
+def test_a_prediction_is_corrected_by_whole_models() -> None:
+    """In the model the same matrices take 5, 3 and 1.5 s, of 100 s in all: known before any candidate was timed."""
+    world = space()
+    known = Whole(100.0, {"f32": 1.25, LARGE.format: 1.5, SMALL.format: 1.5})
+    world = replace(world, costs=known.scaled(world.tensors, world.costs), whole=known)
+    one = refiner(world, Judge(world, 1.0))
+    names = [t.name for t in world.tensors]
+    one.measure("half", dict.fromkeys(names, LARGE), None)
+    one.measure("some", {**dict.fromkeys(names, KEEP), "b.0.w": SMALL}, None)
+    runs = {t.name: timed(1 / 90) for t in one.tried}  # the machine was faster by then: a ratio does not change
+    speeds = {"half": gain(1 / 0.7), "some": gain(1 / 0.965)}
+    half, some = predict.predictions(one, Objective(), runs, speeds)
+    assert (half.composed, half.corrected) == pytest.approx((1 - 12 * 2 / 100, 1 - 12 * 2 / 100))
+    assert (some.composed, some.corrected) == pytest.approx((1 - 3 / 100, 1 - 3.5 / 100))
+    assert half.measured == pytest.approx(0.7)
+    assert half.error == pytest.approx(0.76 / 0.7 - 1)
 
 
 def test_the_time_of_a_rate_is_the_rate_of_a_time() -> None:

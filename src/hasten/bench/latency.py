@@ -30,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 BLOCK = 32  # tokens in a block of the KV cache
 ENOUGH_SECONDS = 1.0  # go on with short measurements until they add up to this ...
 MAX_ROUNDS = 25  # ... or there are this many
+SHORT_SECONDS = 0.3  # of decoding, of which one measurement says little
 
 
 class Subject(Protocol):
@@ -261,8 +262,12 @@ def time_in_turn(
     threads: int = 0,
     rounds: int = 3,
     progress: Progress | None = None,
+    decodes: int = 1,
 ) -> list[tuple[list[Run], list[list[Times]]]]:
-    """For each batch size: a Run for each subject, and each subject's rounds. Subjects take turns within a round."""
+    """For each batch size: a Run for each subject, and each subject's rounds. Subjects take turns within a round.
+
+    `decodes`: times that the same tokens are decoded in a round where that is short, again in turn; the median counts.
+    """
     if rounds < 1:
         raise InputError(f"rounds is {rounds}, must be at least 1")
     report = progress or (lambda stage, done, total: None)
@@ -277,8 +282,8 @@ def time_in_turn(
         done, total = 0, rounds
         while done < total:
             report(f"timing batch {size}", done, total)
-            for subject, taken in zip(subjects, times, strict=True):
-                taken.append(one_round(subject, size))
+            for taken, own in zip(times, one_round(subjects, size, decodes), strict=True):
+                taken.append(own)
             done += 1
             if done == total < MAX_ROUNDS and time.perf_counter() - started < ENOUGH_SECONDS * len(subjects):
                 total += 1
@@ -289,11 +294,17 @@ def time_in_turn(
     return found
 
 
-def one_round(subject: Subject, batch: int) -> Times:
-    """One prompt alone, then `batch` prompts, then their decoding."""
-    alone = subject.prefill(1)
-    together = alone if batch == 1 else subject.prefill(batch)
-    return Times(together, subject.decode(batch), alone)
+def one_round(subjects: Sequence[Subject], batch: int, decodes: int) -> list[Times]:
+    """Of each in turn one prompt alone, then `batch` prompts and their decoding; then more decoding."""
+    prompts, decoding = [], []
+    for subject in subjects:
+        alone = subject.prefill(1)
+        prompts.append((alone if batch == 1 else subject.prefill(batch), alone))
+        decoding.append([subject.decode(batch)])
+    for _ in range(decodes - 1 if max(own[0] for own in decoding) < SHORT_SECONDS else 0):
+        for subject, taken in zip(subjects, decoding, strict=True):
+            taken.append(subject.decode(batch))
+    return [Times(together, median(taken), alone) for (together, alone), taken in zip(prompts, decoding, strict=True)]
 
 
 def summarise(subject: Subject, batch: int, times: Sequence[Times], limits: machine.Limits) -> Run:

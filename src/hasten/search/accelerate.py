@@ -5,61 +5,60 @@ Interrupted and started again, it continues: every measurement is on disk as soo
 
 from __future__ import annotations
 
-import os
-import shutil
+import math
 import uuid
 from collections.abc import Container
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hasten import checkpoint
-from hasten.backends import cache
 from hasten.backends.batch import Int32
-from hasten.bench import peak
 from hasten.bench.latency import Run
 from hasten.compress import calibrate
 from hasten.compress.run import Packer
 from hasten.compress.statistics import Statistics
 from hasten.engine import memory
-from hasten.errors import BackendError, CheckpointError, OutputError
+from hasten.errors import BudgetError, OutputError
 from hasten.evaluate import perplexity
 from hasten.search import (
     caches,
     cap,
     cost,
+    deliver,
     document,
     domains,
     evidence,
     history,
-    predict,
     quality,
-    report,
     samples,
     schedule,
     sensitivity,
     structures,
     target,
     texts,
+    whole,
+    widths,
 )
 from hasten.search.candidates import tensors
 from hasten.search.clock import Clock
-from hasten.search.cost import Site
-from hasten.search.evidence import Evidence
+from hasten.search.cost import Site, Whole
 from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
-from hasten.search.prove import Proof, prove, timed
+from hasten.search.prove import Proof, prove
 from hasten.search.quality import Bounds, Judge
-from hasten.search.refine import Refiner, Space, Tried
+from hasten.search.refine import NEVER, ROUNDS, Choices, Refiner, Space
 from hasten.search.samples import Sample
+from hasten.search.structures import Shape
 from hasten.search.trials import Trials, digest
 
 CHEAPER = 0.98
 """Of the cost that the best candidate of the given shape has: another shape must do better than that."""
-ROUNDS = 3
-"""In which the original is timed beside its kernels."""
+FEW = 2
+"""Rounds of the search with the whole shape, where another one promises more."""
+USED = 0.8
+"""Of the budget, by losses that add up, of a candidate that will keep it, about."""
 UNLIKE, UNLIKE_TOKENS = 3.0, 2048
 """Texts whose perplexities are this far apart are not of one kind."""
 
@@ -95,9 +94,10 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
-        refiner, proof = refine(start, sample, finals[0], most, each, before, trials)
-        if not job.objective.target:
-            start, refiner = other_shape(start, refiner, sample, finals[0], trials)
+        shape = promising(start, statistics, trials)
+        refiner, proof = refine(start, sample, finals[0], most, each, before, trials, FEW if shape else ROUNDS)
+        if shape:
+            start, refiner = better(start, shape, refiner, sample, finals[0], trials)
             job, packer, times = start.job, start.packer, start.times
         proof = prove(job, refiner, finals, trials, proof)
         if proof.chosen is None:
@@ -105,9 +105,9 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
             remember(job, refiner, made, trials)
             return Outcome(made, None, proof.reason)
         told = evidence.gather(job, refiner, proof, proof.chosen, each, trials)
-        made = write(job, packer, proof, proof.chosen, refiner, times, told, trials.folder / "artifact")
+        made = deliver.write(job, packer, proof, proof.chosen, refiner, times, told, trials.folder / "artifact")
         remember(job, refiner, made, trials)
-        place(trials.folder / "artifact", settings.output)
+        deliver.place(trials.folder / "artifact", settings.output)
     return Outcome(made, settings.output)
 
 
@@ -194,9 +194,17 @@ def seconds_per_token(job: Job, trials: Trials) -> float:
 
 
 def explore(
-    job: Job, statistics: Statistics, packer: Packer, trials: Trials, only: Container[str] | None = None
+    job: Job,
+    statistics: Statistics,
+    packer: Packer,
+    trials: Trials,
+    only: Container[str] | None = None,
+    given: Whole | None = None,
 ) -> tuple[Space, dict[Site, float]]:
-    """Every matrix's choices with their costs and losses; `only`: the formats that are looked at, besides its own."""
+    """Every matrix's choices with their costs and losses.
+
+    `only`: the formats that are looked at, besides its own; `given`: what is known of whole models already.
+    """
     found = tensors(job.graph, job.original)
     if only is not None:
         found = [replace(t, choices=tuple(c for c in t.choices if c.is_original or c.format in only)) for t in found]
@@ -208,7 +216,9 @@ def explore(
     with job.stage("timing kernels"):
         objective = job.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
-        whole = None if job.shape or not objective.phases else whole_seconds(job, trials)
+        costs = [cost.costs(t, objective, times) for t in found]
+        if objective.phases and given is None:
+            given = whole.measure(job, found, costs, trials)
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
         plan = schedule.sensitivities(job, found, seconds_per_token(job, trials), available, trials)
@@ -230,18 +240,8 @@ def explore(
             lambda: not job.clock.limited or job.clock.left() > until,
         )
     losses = sensitivity.estimate(found, measured, errors)
-    costs = [cost.costs(t, objective, times) for t in found]
-    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found], whole=whole), times
-
-
-def whole_seconds(job: Job, trials: Trials) -> float:
-    """Of the objective's steps with the original, at the time when its matrices' kernels were timed alone."""
-
-    def make() -> float:
-        run, _ = timed(job, [], ROUNDS)
-        return predict.seconds(run, job.objective)
-
-    return float(trials.measure("whole", [job.key, job.kernels, asdict(job.objective), job.threads], make))
+    costs = given.scaled(found, costs) if given else costs
+    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found], whole=given), times
 
 
 @dataclass(frozen=True)
@@ -254,32 +254,46 @@ class Start:
     times: dict[Site, float]
 
 
-def other_shape(start: Start, refiner: Refiner, sample: Sample, final: Sample, trials: Trials) -> tuple[Start, Refiner]:
-    """Where the search ends: `start`, or the best other shape of the model that is worth it, if that came out cheaper.
+def promising(start: Start, statistics: Statistics, trials: Trials) -> Shape | None:
+    """Another shape of the model that is likely cheaper within the budget: a narrower one, or one with a block less."""
+    job, space = start.job, start.space
+    if job.objective.target or not schedule.shapes(job, trials):
+        return None
+    with job.stage("shapes"):
+        key = [job.key, texts.digest(job.texts.calibration)]
+        known = widths.find(job.graph, statistics, space, start.packer, trials, key, job.report)
+        bits = 8 * space.bytes(likely(job, space)) / sum(t.parameters for t in space.tensors)
+        found = structures.candidates(job, trials, widths=known, bits=bits)
+    job.shapes += [shape.json() for shape in found]
+    promises = [(shape.promise(job.budget.nats, bits), n) for n, shape in enumerate(found) if shape.refused is None]
+    best, n = min(promises, default=(math.inf, 0))
+    return found[n] if best < CHEAPER else None
+
+
+def likely(job: Job, space: Space) -> Choices:
+    """About what a candidate that keeps the budget is made of."""
+    try:
+        return space.allocate(min(USED * job.budget.nats, NEVER))
+    except BudgetError:
+        return space.original
+
+
+def better(
+    start: Start, shape: Shape, refiner: Refiner, sample: Sample, final: Sample, trials: Trials
+) -> tuple[Start, Refiner]:
+    """Where the search ends: `start`, or another shape of the model, if that came out cheaper.
 
     It must be clearly cheaper by its best candidate that fits: a shape of its own is one that others cannot serve.
     """
     job = start.job
-    if not schedule.shapes(job, trials):
-        return start, refiner
-    with job.stage("shapes"):
-        found = structures.candidates(job, trials)
-    job.shapes += [shape.json() for shape in found]
-    usable = [shape for shape in found if shape.refused is None]
-    if not usable:
-        return start, refiner
-    best = min((t for t in refiner.tried if t.fits), key=lambda t: t.cost, default=None)
-    bits = 8 * (best.bytes if best else start.space.original_bytes) / sum(t.parameters for t in start.space.tensors)
-    shape = min(usable, key=lambda s: s.promise(job.budget.nats, bits))
     with job.stage("shapes"):
         other = job.starting(shape.model, {"name": shape.name, "recipe": dict(shape.recipe), **shape.json()})
     statistics = calibrated(other, trials)
     packer = Packer(other.original, other.model.tensor, statistics.inputs, other.packed // 2)
-    # What the best candidate so far is made of: other formats have had their chance.
-    only = {"int8-g64", *(c.format for c in best.choices.values())} if best else None
-    space, times = explore(other, statistics, packer, trials, only)
-    before = (start.space.original_cost, start.space.original_bytes)
-    space = replace(space, before=before, whole=start.space.whole)
+    # What a candidate of the whole shape is made of: other formats have had their chance.
+    only = {"int8-g64", *(c.format for c in likely(job, start.space).values())}
+    space, times = explore(other, statistics, packer, trials, only, start.space.whole)
+    space = replace(space, before=start.space)
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
     most = choose_caches(begun, statistics, each, trials)
@@ -296,6 +310,8 @@ def other_shape(start: Start, refiner: Refiner, sample: Sample, final: Sample, t
             f"{pair[1] / pair[0]:.0%} of what those of the best one with all of them do"
         )
         return begun, tried
+    with job.stage("search"):
+        refiner.search()
     return start, refiner
 
 
@@ -319,6 +335,7 @@ def refine(
     each: float,
     before: Run | None,
     trials: Trials,
+    rounds: int = ROUNDS,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     job, space, packer = start.job, start.space, start.packer
@@ -347,42 +364,8 @@ def refine(
             target.reach(job, refiner, proof, before)
         else:
             refiner.uniforms()
-            refiner.search()
+            refiner.search(rounds)
     return refiner, proof
-
-
-def write(
-    job: Job,
-    packer: Packer,
-    proof: Proof,
-    chosen: Tried,
-    refiner: Refiner,
-    times: dict[Site, float],
-    told: Evidence,
-    staging: Path,
-) -> dict[str, Any]:
-    """The artifact with its report, in `staging`; returns the report's document."""
-    shutil.rmtree(staging, ignore_errors=True)
-    weights = packer.model(chosen.choices)
-    before, after = proof.final[chosen.name]
-    measurements = {"budget": str(job.budget), **proof.attempts[-1].figures}
-    recipe = document.recipe(chosen.choices, (job.shape or {}).get("recipe"), job.cache)
-    with job.stage("writing"):
-        checkpoint.write_artifact(
-            staging,
-            job.model,
-            weights,
-            recipe,
-            measurements,
-            () if job.kv_formats[1] == "auto" else cache.formats_of(job.graph, job.kv_formats[1]),
-        )
-        verify(job, staging, weights)
-    with job.stage("memory"):
-        peaks = peak_memory(job, staging)
-    schedule.overrun(job)
-    made = document.make(job, refiner, proof, times, document.Final(before, after, peaks, size(staging)), told)
-    report.write(staging, made, recipe)
-    return made
 
 
 def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -> None:
@@ -394,45 +377,3 @@ def remember(job: Job, refiner: Refiner, made: dict[str, Any], trials: Trials) -
         history.record(run[0], made, str(job.key[1]), choices, run[1])
     except OutputError as error:
         job.say(f"this search is not in `hasten trials`: {error.message}")
-
-
-def verify(job: Job, staging: Path, weights: Any) -> None:
-    """What was written must speak like what was measured: the same log-probabilities, bit for bit."""
-    windows = [job.texts.search[0][:256]]
-    loaded = checkpoint.open(str(staging)).at_context(job.graph.context)
-    pair = [
-        perplexity.measure(graph, own, windows, threads=job.threads, kv_format=kv or "auto").logprobs[0]
-        for graph, own, kv in (
-            (job.graph, weights, job.kv_formats[1]),
-            (loaded.graph, loaded.weights(), loaded.kv_formats),
-        )
-    ]
-    if not np.array_equal(pair[0], pair[1]):
-        raise CheckpointError("the artifact read back differs from what was measured", "please report this fault")
-
-
-def peak_memory(job: Job, staging: Path) -> tuple[int | None, int | None]:
-    """Of original and artifact, each served in a process of its own."""
-    prompt, new = job.objective.prompt, job.objective.new
-    found: list[int | None] = []
-    for done, source in enumerate((job.settings.model, str(staging))):
-        job.report("measuring memory", done, 2)
-        try:
-            found.append(peak.peak_memory(source, prompt=prompt, new=min(new, 8), threads=job.threads))
-        except BackendError as error:
-            job.say(error.message)
-            found.append(None)
-    return found[0], found[1]
-
-
-def place(staging: Path, output: Path) -> None:
-    """Into its place in one step."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(staging, output)
-    except OSError as error:
-        raise OutputError(f"cannot put the artifact at {output}: {error.strerror}", f"it lies at {staging}") from None
-
-
-def size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.iterdir())

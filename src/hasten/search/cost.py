@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -27,6 +27,10 @@ SECONDS = 0.05
 MOST_COPIES = 256
 
 
+Costs = Sequence[Sequence[float]]
+"""Of each matrix's choices."""
+
+
 @dataclass(frozen=True)
 class Site:
     """One thing to time: a matrix of `shape` in `format`, at `tokens` tokens."""
@@ -34,6 +38,26 @@ class Site:
     shape: tuple[int, int]
     format: str
     tokens: int
+
+
+@dataclass(frozen=True)
+class Whole:
+    """`seconds`: of the objective's phases with the original; `scale`: by format, of a matrix's time alone."""
+
+    seconds: float
+    scale: Mapping[str, float] = field(default_factory=dict)
+
+    def scaled(self, tensors: Sequence[Tensor], alone: Costs) -> list[list[float]]:
+        """What each choice of each matrix takes in the model."""
+        return [
+            [cost * self.scale.get(name, 1.0) for name, cost in zip(names_of(t), row, strict=True)]
+            for t, row in zip(tensors, alone, strict=True)
+        ]
+
+
+def names_of(tensor: Tensor) -> list[str]:
+    """The format of each choice."""
+    return [tensor.format, *(c.format for c in tensor.choices[1:])]
 
 
 def sites(tensors: Sequence[Tensor], objective: Objective) -> dict[Site, int]:

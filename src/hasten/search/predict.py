@@ -1,20 +1,18 @@
 """What a whole candidate's step should take, beside what it took.
 
-A step is the sum of its matrices, each timed alone, and a rest: attention, norms, and what lies between kernels. The
-rest is the original's step less its matrices. Formats that quantise their inputs add to it, so what was measured of
-candidates corrects it by a constant.
+A step is the sum of its matrices and a rest: attention, norms, and what lies between kernels. The rest is the
+original's step less its matrices. What these take alone is corrected by whole models in one format each (`whole.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 
 from hasten.bench.latency import Run
 from hasten.engine.llm import STEP_TOKENS
 from hasten.search.objective import Objective
-from hasten.search.refine import Refiner, Tried
+from hasten.search.refine import Refiner
 from hasten.search.speed import Speed
 
 CLOSE = 0.05
@@ -25,7 +23,7 @@ CLOSE = 0.05
 class Prediction:
     """A candidate's time as a share of the original's in the same rounds.
 
-    `composed`: as the matrices' times say; `corrected`: moved by the constant that the other candidates' times suggest;
+    `composed`: as the matrices' times alone say; `corrected`: as whole models in each format have corrected these;
     `measured` lies between `low` and `high`, 95% of the time.
     """
 
@@ -61,27 +59,19 @@ def seconds_at(rate: float, objective: Objective) -> float:
 def predictions(
     refiner: Refiner, objective: Objective, runs: Mapping[str, Run], speeds: Mapping[str, Speed]
 ) -> list[Prediction]:
-    """Of every candidate that was timed; each is corrected by the others only."""
+    """Of every candidate that was timed, by what was known before."""
     if objective.name == "memory":
         return []
-    whole = refiner.space.whole
-    composed = {
-        t.name: compose(refiner, t, whole or seconds(runs[t.name], objective)) for t in refiner.tried if t.name in runs
-    }
-    gains = {name: speeds[name].gain(objective.name) for name in composed}
-    off = {name: 1 / gains[name].estimate - share for name, share in composed.items()}
-    found = []
-    for name, share in composed.items():
-        others = [v for other, v in off.items() if other != name]
-        gain = gains[name]
-        corrected = share + (median(others) if others else 0.0)
-        found.append(Prediction(name, share, corrected, 1 / gain.estimate, 1 / gain.high, 1 / gain.low))
+    space, found = refiner.space, []
+    for one in refiner.tried:
+        if one.name not in runs:
+            continue
+        took = space.whole.seconds if space.whole else seconds(runs[one.name], objective)
+        gain = speeds[one.name].gain(objective.name)
+        corrected = 1 - (space.original_cost - one.cost) / took
+        composed = 1 - (space.original_alone - space.alone(one.choices)) / took
+        found.append(Prediction(one.name, composed, corrected, 1 / gain.estimate, 1 / gain.high, 1 / gain.low))
     return found
-
-
-def compose(refiner: Refiner, candidate: Tried, original: float) -> float:
-    """The candidate's time as a share of the original's, which took `original` seconds."""
-    return 1 - (refiner.space.original_cost - candidate.cost) / original
 
 
 def near(found: list[Prediction]) -> float | None:

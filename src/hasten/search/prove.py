@@ -24,6 +24,8 @@ from hasten.search.trials import Trials
 
 ROUNDS = 5
 FINAL_ROUNDS = 9
+MORE_CAREFUL = 3
+"""Candidates measured at most after a failure: the first that fits will do."""
 LEVELS = (0.95, 0.99)
 """Of the interval whose upper end must keep the budget, on the first and on every later attempt.
 
@@ -106,7 +108,7 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[Sample], trials: Trials, 
 
 
 def refuse(job: Job, refiner: Refiner, chosen: Tried, attempt: Attempt, number: int, last: bool) -> list[str]:
-    """Says what failed, allocates a more careful candidate, and names those that are not worth another attempt."""
+    """Says what failed, allocates more careful candidates until one fits, and names those not worth another attempt."""
     budget, reading = refiner.bounds.worst(attempt.readings)
     job.say(
         f"{chosen.name} does not hold the budget {budget} on held-out text: the upper end of its "
@@ -119,7 +121,11 @@ def refuse(job: Job, refiner: Refiner, chosen: Tried, attempt: Attempt, number: 
         allowance = chosen.allowance or job.budget.nats
         shrink = min(0.8, max(0.1, 0.9 / refiner.bounds.high(attempt.readings)))
         with job.stage("search"):
-            refiner.allocated(f"more careful {number}", allowance * shrink)
+            for more in range(MORE_CAREFUL):
+                name = f"more careful {number}" + f", {more + 1}" * (more > 0)
+                one = refiner.allocated(name, allowance * shrink ** (more + 1)) if refiner.enough_time() else None
+                if one is None or one.fits:
+                    break
     return names
 
 

@@ -16,6 +16,7 @@ from hasten.compress.recipe import Choice
 from hasten.errors import BudgetError
 from hasten.search.allocate import Bound, allocate
 from hasten.search.candidates import Tensor, nbytes
+from hasten.search.cost import Whole
 from hasten.search.quality import Bounds, Judge, Reading, Readings
 
 Choices = dict[str, Choice]
@@ -75,19 +76,23 @@ class Space:
     def _bytes(self) -> list[list[float]]:
         return [[float(nbytes(t, c)) for c in t.choices] for t in self.tensors]
 
-    before: tuple[float, int] | None = None
-    """Cost and bytes of the model that was given, where the search started from another shape of it."""
+    before: Space | None = None
+    """Of the model that was given, where the search started from another shape of it."""
 
-    whole: float | None = None
-    """Seconds that all of the given model takes for what its matrices' costs are of, timed when these were."""
+    whole: Whole | None = None
+    """What is known of the given model's time beside its matrices'; the costs are scaled by it already."""
 
     @property
     def original_cost(self) -> float:
-        return self.before[0] if self.before else self.cost(self.original)
+        return self.before.original_cost if self.before else self.cost(self.original)
 
     @property
     def original_bytes(self) -> int:
-        return self.before[1] if self.before else self.bytes(self.original)
+        return self.before.original_bytes if self.before else self.bytes(self.original)
+
+    @property
+    def original_alone(self) -> float:
+        return self.before.original_alone if self.before else self.alone(self.original)
 
     @property
     def original(self) -> Choices:
@@ -108,6 +113,16 @@ class Space:
     def cost(self, choices: Mapping[str, Choice]) -> float:
         rows = zip(self.tensors, self.costs, strict=True)
         return sum(row[t.choices.index(choices[t.name])] for t, row in rows)
+
+    def alone(self, choices: Mapping[str, Choice]) -> float:
+        """The cost by kernels timed alone, which no whole model has corrected."""
+        scale = self.whole.scale if self.whole else {}
+        rows, total = zip(self.tensors, self.costs, strict=True), 0.0
+        for tensor, row in rows:
+            choice = choices[tensor.name]
+            name = tensor.format if choice.is_original else choice.format
+            total += row[tensor.choices.index(choice)] / scale.get(name, 1.0)
+        return total
 
     def bytes(self, choices: Mapping[str, Choice]) -> int:
         return sum(nbytes(t, choices[t.name]) for t in self.tensors)
@@ -140,12 +155,12 @@ class Refiner:
             if not all(c.is_original for c in choices.values()) and self.enough_time():
                 self.measure(f"{format} everywhere", choices, None)
 
-    def search(self) -> None:
+    def search(self, rounds: int = ROUNDS) -> None:
         """Moves the allowance towards the largest that still fits every part of the budget."""
         allowance = 0.7 * self.bounds.budgets.nats
         fits: tuple[float, float] | None = None  # (allowance, share of the budget) of the most daring that fits
         fails: tuple[float, float] | None = None  # and of the most careful that does not
-        for number in range(1, ROUNDS + 1):
+        for number in range(1, rounds + 1):
             if number > 1 and not self.enough_time():
                 return
             one = self.allocated(f"candidate {number}", allowance)

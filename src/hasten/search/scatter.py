@@ -59,7 +59,7 @@ def predictions(document: Json) -> str:
         for key, fill in (("composed", GREY), ("corrected", GREEN if near else BLUE)):
             hover = f"{p['name']}: {key} {p[key]:.3f}, measured {p['measured']:.3f} ({p['low']:.3f} to {p['high']:.3f})"
             parts.append(dot(x(p[key]), y(p["measured"]), fill, hover))
-    label = "predicted: grey as composed of kernels' times, coloured as corrected by the other candidates'"
+    label = "predicted: grey as composed of kernels' times, coloured as corrected by whole models in one format"
     parts.append(text((LEFT + width - RIGHT) / 2, height - 12, label, anchor="middle", size=11))
     what = f"measured time, as a share of the original's; dashed: {CLOSE:.0%} off"
     return svg("Times predicted and measured", what, width, height, parts)

@@ -153,7 +153,7 @@ def predicted(document: Json) -> Section:
     near = sum(abs(one["error"]) <= CLOSE for one in found)
     note = (
         f"Time as a share of the original's in the same rounds. Composed: the original's step less its matrices, plus "
-        f"the candidate's, each timed alone; corrected: plus a constant that the other candidates suggest. "
+        f"the candidate's, each timed alone; corrected: by whole models in one format each, timed before. "
         f"{near} of {len(found)} are within {CLOSE:.0%}."
     )
     return Section("Times predicted and measured", head, rows, note, (scatter.predictions(document),) if found else ())

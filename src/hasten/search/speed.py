@@ -16,6 +16,8 @@ from hasten.search.quality import AUTO, KvFormats
 
 Report = Callable[[str, int, int], None]
 RESAMPLES = 2000
+DECODES = 3
+"""In a round: short as they are, one alone says little."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def compare(
             *((graph, weights, kv_formats[1]) for weights in candidates),
         )
     ]
-    ((runs, times),) = latency.time_in_turn(subjects, [batch], threads=threads, rounds=rounds, progress=report)
+    ((runs, times),) = latency.time_in_turn(
+        subjects, [batch], threads=threads, rounds=rounds, progress=report, decodes=DECODES
+    )
     first = times[0]
     return runs[0], [
         Speed(run, gain(first, own, "decode"), gain(first, own, "prefill"), gain(first, own, "together"))

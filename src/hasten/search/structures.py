@@ -1,6 +1,6 @@
 """Shapes that a search may start from: the model with a block less, narrower blocks or factored matrices, as a whole.
 
-    shapes = structures.candidates(job, trials)         # after `calibrated`, before `explore`
+    shapes = structures.candidates(job, trials)         # after `explore`
     for shape in shapes:
         if shape.refused is None: ...                   # shape.model is a Model like job.model: search it as such
     document["refused shapes"] = [s.json() for s in shapes if s.refused]
@@ -31,15 +31,15 @@ from hasten.errors import ConfigError, HastenError, InputError
 from hasten.evaluate import perplexity
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
+from hasten.graph.sites import feed_forward_site
 from hasten.graph.structure import Structure, parse, restructured
 from hasten.search import cost, texts
 from hasten.search.candidates import Tensor, tensors
 from hasten.search.job import Job
 from hasten.search.trials import Json, Trials
+from hasten.search.widths import Widths
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "feed-forwards of 7/8": {"feed_forward": {"keep": "87.5%"}},
-    "feed-forwards of 3/4": {"feed_forward": {"keep": "75%"}},
     "a block less": {"drop_blocks": {"count": 1, "by": "similarity"}},
     "key heads of 7/8": {"heads": {"keep": "87.5%"}},
     "feed-forwards of low rank, 3/4": {"low_rank": {"match": "*.mlp.*", "keep": "75%"}},
@@ -50,6 +50,12 @@ FASTER = 0.98
 """Of the original's time, at most: less is not worth the loss."""
 TYPICAL = ("int4-g64", "int8-g64")
 MEASURED_TOKENS = 4096
+LEVELS = [n / 32 for n in range(31, 7, -1)]
+"""Shares of all feed-forward channels that narrower models may keep."""
+MOST_NARROWED = 3
+"""That are measured: each shows what the next is to be."""
+OPTIMISM = 2.0
+"""Times that a narrower model loses more than its blocks' losses add up to, before one was measured."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,7 @@ class Shape:
 
         `nats`: of the budget; `bits` a weight: of the best candidate of the whole shape, which has all of it.
         """
-        left = 1 - self.loss / nats if nats > 0 else 0.0
-        return self.cost * (1 - math.log(left, 4) / bits) if left > 0 else math.inf
+        return _promise(self.cost, self.loss, nats, bits)
 
     def json(self) -> Json:
         """For reports."""
@@ -93,29 +98,79 @@ class Shape:
         }
 
 
-def candidates(job: Job, trials: Trials, recipes: Mapping[str, Mapping[str, Any]] = RECIPES) -> list[Shape]:
+def candidates(
+    job: Job,
+    trials: Trials,
+    recipes: Mapping[str, Mapping[str, Any]] = RECIPES,
+    widths: Widths | None = None,
+    bits: float = 4.0,
+) -> list[Shape]:
     """Every shape that the model can take, measured, those worth exploring first, the cheapest of them before others.
 
-    A recipe that the architecture has no place for is left out; a model of its own shape keeps it.
+    A recipe that the architecture has no place for is left out; a model of its own shape keeps it. `widths`: what
+    narrower feed-forwards lose; `bits` a weight: of the best candidate of the whole shape, roughly.
     """
     if job.model.structure:  # its maker chose it
         return []
-    fit, held_out = _split(job)
     found = []
     for done, (name, recipe) in enumerate(recipes.items()):
-        job.report("shapes", done, len(recipes))
-        facts = [job.key, texts.digest(fit), texts.digest(held_out), dict(recipe)]
-        figures = trials.get("shape", facts)
-        if figures is None:
-            figures = _measured(job, recipe, fit, held_out)
-            trials.put("shape", facts, figures)
-        if figures:
-            loss = float("inf") if figures["loss"] is None else figures["loss"]
-            structure, share = parse(figures["structure"]), _cost(job, parse(figures["structure"]), trials)
-            refused = _refusal(job, loss, share)
-            found.append(Shape(name, recipe, structure, loss, share, figures["parameters"], refused, job))
-    job.report("shapes", len(recipes), len(recipes))
+        job.report("shapes", done, len(recipes) + MOST_NARROWED)
+        if shape := _shape(job, name, recipe, trials):
+            found.append(shape)
+    if widths:
+        found += _narrower(job, widths, bits, trials)
+    job.report("shapes", len(recipes) + MOST_NARROWED, len(recipes) + MOST_NARROWED)
     return sorted(found, key=lambda s: (s.refused is not None, s.cost))
+
+
+def _shape(job: Job, name: str, recipe: Mapping[str, Any], trials: Trials) -> Shape | None:
+    fit, held_out = _split(job)
+    facts = [job.key, texts.digest(fit), texts.digest(held_out), dict(recipe)]
+    figures = trials.get("shape", facts)
+    if figures is None:
+        figures = _measured(job, recipe, fit, held_out)
+        trials.put("shape", facts, figures)
+    if not figures:
+        return None
+    loss = float("inf") if figures["loss"] is None else figures["loss"]
+    structure, share = parse(figures["structure"]), _cost(job, parse(figures["structure"]), trials)
+    return Shape(name, recipe, structure, loss, share, figures["parameters"], _refusal(job, loss, share), job)
+
+
+def _narrower(job: Job, widths: Widths, bits: float, trials: Trials) -> list[Shape]:
+    """Feed-forwards of the share that promises the most; what one loses says which to measure next."""
+    sizes = {m.name: m.shape[0] * m.shape[1] for m in job.graph.matrices()}
+    sites = [feed_forward_site(job.graph, block) for block in range(len(widths.full))]
+    each = [  # parameters of a channel
+        sum(sizes.get(w, 0) for node in (*site.inputs, site.output) for w in node.weights) / full
+        for site, full in zip(sites, widths.full, strict=True)
+    ]
+    found: dict[float, Shape | None] = {}
+    times = OPTIMISM
+    for _ in range(MOST_NARROWED):
+
+        def promise(level: float) -> float:
+            keep = widths.keep(level)
+            gone = sum(e * (full - kept) for e, full, kept in zip(each, widths.full, keep, strict=True))
+            loss = times * widths.loss(keep)  # noqa: B023
+            if loss > ROOM * job.budget.nats:
+                return math.inf
+            return _promise(1 - gone / sum(sizes.values()), loss, job.budget.nats, bits)
+
+        level = min(LEVELS, key=promise)
+        if level in found or promise(level) == math.inf:
+            break
+        keep = widths.keep(level)
+        found[level] = shape = _shape(job, f"feed-forwards of {level:.0%}, by block", widths.recipe(keep), trials)
+        expected = widths.loss(keep)
+        if shape and expected > 0:
+            times = min(max(shape.loss / expected, 0.2), 50.0)
+    return [shape for shape in found.values() if shape]
+
+
+def _promise(cost: float, loss: float, nats: float, bits: float) -> float:
+    left = 1 - loss / nats if nats > 0 else 0.0
+    return cost * (1 - math.log(left, 4) / bits) if left > 0 else math.inf
 
 
 def _split(job: Job) -> tuple[list[Int32], list[Int32]]:

@@ -174,15 +174,16 @@ def take(windows: Sequence[Int32], tokens: float) -> list[Int32]:
 def slices(windows: Sequence[Int32], tokens: float, most: int = 3) -> list[list[Int32]]:
     """Up to `most` disjoint slices of about `tokens` tokens; fewer and shorter where the text does not suffice.
 
-    A slice that largely repeats earlier ones is left out: a second try on it would be the first one over again.
+    The first is then twice as long as others: most proofs need no more, and a longer text asks for less margin. A slice
+    that largely repeats earlier ones is left out: a second try on it would be the first one over again.
     """
     total = sum(len(w) for w in windows)
     count = int(max(1, min(most, total // min(tokens, 16384), len(windows))))
-    size = min(tokens, total / count)
     found: list[list[Int32]] = []
     rest = list(windows)
-    for _ in range(count):
-        part = take(rest, size)
+    for number in range(count):
+        left = sum(len(w) for w in rest)
+        part = take(rest, min(tokens, left / (count - number) if number else 2 * left / (count + 1)))
         rest = rest[len(part) :]
         seen = [window for earlier in found for window in earlier]
         if part and not (seen and overlap(np.concatenate(seen), np.concatenate(part)) > MOST_SHARED):

@@ -52,11 +52,16 @@ class Removal:
             found.append(float(np.sum(gram * matrix)))
         return np.array(found)
 
-    def remove(self, columns: Index) -> None:
-        """Take these columns out and repair the others. They are zero from now on."""
-        across = self._inverse[columns]  # [removed, in]
+    def remove(self, columns: Index) -> float:
+        """Take these columns out and repair the others. They are zero from now on.
+
+        Returns what that adds to the output's mean squared error.
+        """
+        across, gone = self._inverse[columns], self.weights[:, columns]  # [removed, in], [out, removed]
         step = np.linalg.solve(across[:, columns], across)  # F_RR⁻¹ F_R:
-        self.weights -= self.weights[:, columns] @ step
+        cost = float(np.sum(gone * np.linalg.solve(across[:, columns], gone.T).T))
+        self.weights -= gone @ step
         self._inverse -= across.T @ step
         self.weights[:, columns] = 0.0
         self._inverse[columns], self._inverse[:, columns] = 0.0, 0.0
+        return cost

@@ -1,0 +1,113 @@
+"""What matrices take in a whole model, beside what their kernels take alone.
+
+A kernel timed alone misses what a model around it does: inputs made ready for its format, caches shared with attention,
+weights mapped from a file. So the whole model is timed in one format after the other, each in turn with the original,
+and a format's times alone are scaled until their sum is what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+
+from hasten import formats
+from hasten.compress.calibrate import Weights
+from hasten.search import predict, prove
+from hasten.search.candidates import Tensor
+from hasten.search.cost import Costs, Whole, names_of
+from hasten.search.job import CONTENDERS, Job
+from hasten.search.objective import Objective
+from hasten.search.trials import Trials
+
+ROUNDS = 5
+FEWEST_NEW = 8
+"""Tokens that are decoded at least, where there is no time for all."""
+SECONDS, SHARE = 120.0, 0.05
+"""That this may take, and of the time left where that has a limit."""
+MOST = 5.0
+"""Times as much, or as little, as alone: beyond that something else went wrong."""
+
+
+def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials) -> Whole:
+    """Times the model in every format of `tensors`; `alone`: their choices' costs by kernels timed alone."""
+    key = [job.key, job.kernels, asdict(job.objective), job.threads]
+    whole = Whole(float(trials.measure("whole", key, partial(original, job))))
+    names = sorted({name for t in tensors if t.linears for name in names_of(t)[1:]})
+    new = trials.measure("schedule", ["whole", *key, names, job.settings.minutes], lambda: _new(job, whole, names))
+    if not new:
+        return whole
+    aim, shares = replace(job.objective, new=new), dict[str, float]()
+    for start in range(0, len(names), CONTENDERS):
+        some = names[start : start + CONTENDERS]
+        make = _together(job, aim, [_uniform(job, tensors, name) for name in some])
+        shares |= dict(zip(some, trials.measure("whole formats", [*key, some, new], make), strict=True))
+    return replace(whole, scale=fit(tensors, alone, whole.seconds, shares))
+
+
+def original(job: Job) -> float:
+    """Seconds of the objective's phases."""
+    run, _ = prove.timed(job, [], ROUNDS)
+    return predict.seconds(run, job.objective)
+
+
+def _together(job: Job, aim: Objective, candidates: Sequence[Callable[[], Weights]]) -> Callable[[], list[float]]:
+    def make() -> list[float]:
+        _, speeds = prove.timed(replace(job, objective=aim), [weights() for weights in candidates], ROUNDS)
+        return [1 / one.gain(aim.name).estimate for one in speeds]
+
+    return make
+
+
+def _new(job: Job, whole: Whole, names: Sequence[str]) -> int:
+    """How many tokens are decoded in each round: 0 where there is no time for any."""
+    aim = job.objective
+    most = SECONDS if not job.clock.limited else min(SECONDS, SHARE * job.clock.left())
+    groups = -(-len(names) // CONTENDERS)
+    models = len(names) + groups
+    if aim.name != "decode":
+        return aim.new if 2 * models * ROUNDS * whole.seconds < most else 0
+    new = int(most / max(2 * models * ROUNDS * whole.seconds, 1e-9))
+    return min(aim.new, new) if new >= min(aim.new, FEWEST_NEW) else 0
+
+
+def _uniform(job: Job, tensors: Sequence[Tensor], name: str) -> Callable[[], Weights]:
+    """Every matrix that has the choice in one format. Nearest rounding will do: a method changes no time."""
+
+    def make() -> Weights:
+        format, weights = formats.get(name), dict(job.original)
+        for tensor in tensors:
+            if tensor.linears and name in names_of(tensor)[1:]:
+                weights[tensor.name] = format.pack(job.model.tensor(tensor.name))
+        return weights
+
+    return make
+
+
+def fit(tensors: Sequence[Tensor], alone: Costs, seconds: float, shares: Mapping[str, float]) -> dict[str, float]:
+    """By format, the factor that makes the sums of `alone` come out as measured.
+
+    `shares`: by format, what the model takes in it, as a share of the original's `seconds`. Of the rest, which no
+    matrix takes, only its bounds are known: the one is taken that asks for the least scaling, in logarithms.
+    """
+    own = [(t, dict(zip(names_of(t), row, strict=True)), row[0]) for t, row in zip(tensors, alone, strict=True)]
+    original = sum(first for _, _, first in own)
+    if not original > 0:
+        return {}
+    changed = {f: sum(by[f] for _, by, _ in own if f in by) for f in shares}
+    kept = {f: sum(first for _, by, first in own if f not in by) for f in shares}
+    best: tuple[float, dict[str, float]] = (math.inf, {})
+    for rest in map(float, np.linspace(0.0, 0.98 * min(1.0, *shares.values()), 99)):
+        dense = (1 - rest) * seconds / original
+        scale = {
+            f: min(max(((share - rest) * seconds - dense * kept[f]) / changed[f], 1 / MOST), MOST)
+            for f, share in shares.items()
+            if changed[f] > 0
+        }
+        scale |= {t.format: dense for t in tensors}
+        effort = sum(math.log(v) ** 2 for v in scale.values())
+        best = min(best, (effort, scale), key=lambda one: one[0])
+    return best[1]
