@@ -45,7 +45,7 @@ bench: $(VENV)/installed
 	$(bin)/hasten bench $(MODEL) --against $(AGAINST) --format $(FORMAT) --output build/bench $(BENCH)
 
 test: $(VENV)/tested-$(extras)
-	$(bin)/python -m pytest -rs -n auto --dist loadfile
+	$(bin)/python -m pytest -rs -n auto --dist loadfile --no-loadscope-reorder
 
 fuzz: $(VENV)/tested-$(extras)
 	HASTEN_FUZZ_CASES=$(CASES) $(bin)/python -m pytest -rs -s tests/server/test_schema.py

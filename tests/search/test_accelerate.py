@@ -6,8 +6,8 @@ import errno
 import json
 import math
 import os
-import signal
 import re
+import signal
 import socket
 import subprocess
 import sys

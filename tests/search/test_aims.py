@@ -17,7 +17,7 @@ from hasten.engine import memory
 from hasten.errors import BudgetError, InputError, MemoryLimitError
 from hasten.evaluate import perplexity, tasks
 from hasten.search import cap as room
-from hasten.search import cost, job, speed
+from hasten.search import cost, job, speed, whole
 from hasten.search.speed import Gain
 
 
@@ -115,6 +115,7 @@ def rated(monkeypatch, rate) -> None:
         return sum(w.nbytes for n, w in weights.items() if hasattr(w, "format") and "embed" not in n)
 
     monkeypatch.setattr(speed, "compare", compare)
+    monkeypatch.setattr(whole, "original", lambda job: 1 / 100)
 
 
 def test_a_target_takes_the_least_loss_that_reaches_it(files, tmp_path, monkeypatch) -> None:  # noqa: F811

@@ -45,7 +45,8 @@ def test_a_prediction_is_the_originals_step_with_other_matrices() -> None:
     speeds = {name: gain(1 / share) for name, share in truth.items()}
     found = {p.name: p for p in predict.predictions(one, Objective(), runs, speeds)}
     for name, share in truth.items():
-        assert found[name].corrected == found[name].composed == pytest.approx(share)  # nothing else is known
+        assert found[name].expected == found[name].composed == pytest.approx(share)  # nothing else is known
+        assert found[name].corrected == pytest.approx(share)  # nor did others move
         assert found[name].measured == pytest.approx(share)
         assert found[name].error == pytest.approx(0.0, abs=1e-12)
         assert found[name].low < share < found[name].high
@@ -65,10 +66,28 @@ def test_a_prediction_is_corrected_by_whole_models() -> None:
     runs = {t.name: timed(1 / 90) for t in one.tried}  # the machine was faster by then: a ratio does not change
     speeds = {"half": gain(1 / 0.7), "some": gain(1 / 0.965)}
     half, some = predict.predictions(one, Objective(), runs, speeds)
-    assert (half.composed, half.corrected) == pytest.approx((1 - 12 * 2 / 100, 1 - 12 * 2 / 100))
-    assert (some.composed, some.corrected) == pytest.approx((1 - 3 / 100, 1 - 3.5 / 100))
+    assert (half.composed, half.expected) == pytest.approx((1 - 12 * 2 / 100, 1 - 12 * 2 / 100))
+    assert (some.composed, some.expected) == pytest.approx((1 - 3 / 100, 1 - 3.5 / 100))
     assert half.measured == pytest.approx(0.7)
-    assert half.error == pytest.approx(0.76 / 0.7 - 1)
+    assert (half.corrected, half.error) == (half.expected, pytest.approx(0.76 / 0.7 - 1))  # none of the same rounds
+
+
+def test_a_prediction_moves_with_the_others_of_its_rounds() -> None:
+    """All of them take a fifth more than expected beside the original; another round's candidate says nothing."""
+    world = space()
+    one = refiner(world, Judge(world, 1.0))
+    names = [t.name for t in world.tensors]
+    one.measure("half", dict.fromkeys(names, LARGE), None)
+    one.measure("quarter", dict.fromkeys(names, SMALL), None)
+    one.measure("some", {**dict.fromkeys(names, KEEP), "b.0.w": SMALL}, None)
+    one.measure("apart", {**dict.fromkeys(names, KEEP), "b.1.w": LARGE}, None)
+    together, alone = timed(1 / 100), timed(1 / 100)
+    runs = {"half": together, "quarter": together, "some": together, "apart": alone}
+    truth = {"half": 0.76 * 1.2, "quarter": 0.64 * 1.2, "some": 0.97 * 1.2, "apart": 0.98 * 2}
+    found = predict.predictions(one, Objective(), runs, {name: gain(1 / share) for name, share in truth.items()})
+    assert [p.error for p in found[:3]] == pytest.approx([0.0] * 3, abs=1e-12)
+    assert [p.expected for p in found[:3]] == pytest.approx([0.76, 0.64, 0.97])
+    assert found[3].corrected == found[3].expected == pytest.approx(0.98)
 
 
 def test_the_time_of_a_rate_is_the_rate_of_a_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,13 @@ from search.tiny_model import write_model, write_text
 from hasten import checkpoint
 from hasten.backends import reference
 from hasten.compress import restructure, structure_recipe
+from hasten.compress.recipe import KEEP, Choice
 from hasten.graph.functions import softmax
-from hasten.graph.structure import Structure, restructured
+from hasten.graph.structure import Narrow, Structure, restructured
 from hasten.search import cost, job, structures
 from hasten.search.budget import parse_all
+from hasten.search.candidates import tensors
+from hasten.search.refine import Space
 from hasten.search.trials import Trials
 
 RECIPES = {
@@ -89,9 +93,24 @@ def test_a_restructured_artifact_is_accelerated_like_any_model(files, tmp_path, 
     assert set(made.formats.values()) > {"f32"}
 
 
-def test_what_a_shape_promises_weighs_its_loss() -> None:
-    """A quarter of the budget left over costs a bit for each weight."""
-    one = structures.Shape("", {}, Structure(), 0.0075, 0.8, 0.8, None, None)
-    assert one.promise(0.01, 4.0) == pytest.approx(0.8 * 5 / 4)
-    assert replace(one, loss=0.0).promise(0.01, 4.0) == pytest.approx(0.8)
-    assert replace(one, loss=0.02).promise(0.01, 4.0) == replace(one).promise(0.0, 4.0) == float("inf")
+def test_what_a_shape_promises_weighs_its_loss(made) -> None:
+    """What is left of a matrix costs its share; what the shape loses is missing for packing."""
+    found = [t for t in tensors(made.graph, made.original) if t.linears]
+    found = [replace(t, choices=(KEEP, Choice("int8-g64", "clip"), Choice("int4-g64", "clip"))) for t in found]
+    costs = [[4.0 * t.parameters, 2.0 * t.parameters, 1.0 * t.parameters] for t in found]
+    space = Space(found, costs, [[0.0, 1e-6, 1e-3]] * len(found))
+    count, total = len(found), sum(t.parameters for t in found)
+    nats = 1e-3 * count / structures.USED * 1.0001
+    promise = partial(structures.promise, space, made.graph)
+    assert space.cost(structures.likely(space, nats)) == total
+    halves = Structure(narrowed={block: Narrow(feed_forward=64) for block in range(2)})
+    after = restructured(made.graph, halves)
+    left = sum(m.shape[0] * m.shape[1] for m in after.matrices() if m.name in {t.name for t in found})
+    assert promise(halves, 0.0, nats) == pytest.approx(left / total)
+    one_less = promise(halves, 0.9e-3, nats)  # the cheapest of all matrices must be in eight bits
+    assert left / total < one_less < left / total * 1.1
+    assert promise(halves, 1.1 * nats, nats) == float("inf")
+    shallow = Structure((1,))
+    gone = sum(t.parameters for t in found if t.block == 1)
+    assert promise(shallow, 0.0, nats) == pytest.approx((total - gone) / total)
+    assert promise(shallow, 3e-3, nats) == pytest.approx((total - gone) / total)  # its own matrices lose nothing now

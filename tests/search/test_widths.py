@@ -1,4 +1,4 @@
-"""Widths by block: the least loss of all ways to cut, curves that are what removing channels does, recipes that hold."""
+"""Widths by block: the least loss of all cuts, curves that are what removing channels does, recipes that hold."""
 
 from __future__ import annotations
 

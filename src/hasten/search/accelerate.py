@@ -21,7 +21,7 @@ from hasten.compress import calibrate
 from hasten.compress.run import Packer
 from hasten.compress.statistics import Statistics
 from hasten.engine import memory
-from hasten.errors import BudgetError, OutputError
+from hasten.errors import OutputError
 from hasten.evaluate import perplexity
 from hasten.search import (
     caches,
@@ -44,11 +44,11 @@ from hasten.search import (
 )
 from hasten.search.candidates import tensors
 from hasten.search.clock import Clock
-from hasten.search.cost import Site, Whole
+from hasten.search.cost import Site
 from hasten.search.job import Job, Note, Report, Settings, prepare, work_folder
 from hasten.search.prove import Proof, prove
 from hasten.search.quality import Bounds, Judge
-from hasten.search.refine import NEVER, ROUNDS, Choices, Refiner, Space
+from hasten.search.refine import ROUNDS, Refiner, Space
 from hasten.search.samples import Sample
 from hasten.search.structures import Shape
 from hasten.search.trials import Trials, digest
@@ -57,8 +57,6 @@ CHEAPER = 0.98
 """Of the cost that the best candidate of the given shape has: another shape must do better than that."""
 FEW = 2
 """Rounds of the search with the whole shape, where another one promises more."""
-USED = 0.8
-"""Of the budget, by losses that add up, of a candidate that will keep it, about."""
 UNLIKE, UNLIKE_TOKENS = 3.0, 2048
 """Texts whose perplexities are this far apart are not of one kind."""
 
@@ -199,11 +197,11 @@ def explore(
     packer: Packer,
     trials: Trials,
     only: Container[str] | None = None,
-    given: Whole | None = None,
+    before: Space | None = None,
 ) -> tuple[Space, dict[Site, float]]:
     """Every matrix's choices with their costs and losses.
 
-    `only`: the formats that are looked at, besides its own; `given`: what is known of whole models already.
+    `only`: the formats that are looked at, besides its own; `before`: of the model that was given.
     """
     found = tensors(job.graph, job.original)
     if only is not None:
@@ -217,8 +215,7 @@ def explore(
         objective = job.objective
         times = cost.measure(found, objective, job.threads, trials, job.kernels, job.report)
         costs = [cost.costs(t, objective, times) for t in found]
-        if objective.phases and given is None:
-            given = whole.measure(job, found, costs, trials)
+        known = whole.measure(job, found, costs, trials, before) if objective.phases else None
     with job.stage("sensitivity"):
         available = sum(len(w) for w in statistics.final)
         plan = schedule.sensitivities(job, found, seconds_per_token(job, trials), available, trials)
@@ -240,8 +237,10 @@ def explore(
             lambda: not job.clock.limited or job.clock.left() > until,
         )
     losses = sensitivity.estimate(found, measured, errors)
-    costs = given.scaled(found, costs) if given else costs
-    return Space(found, costs, [[losses[t.name, c] for c in t.choices] for t in found], whole=given), times
+    costs = known.scaled(found, costs) if known else costs
+    return Space(
+        found, costs, [[losses[t.name, c] for c in t.choices] for t in found], before=before, whole=known
+    ), times
 
 
 @dataclass(frozen=True)
@@ -262,20 +261,13 @@ def promising(start: Start, statistics: Statistics, trials: Trials) -> Shape | N
     with job.stage("shapes"):
         key = [job.key, texts.digest(job.texts.calibration)]
         known = widths.find(job.graph, statistics, space, start.packer, trials, key, job.report)
-        bits = 8 * space.bytes(likely(job, space)) / sum(t.parameters for t in space.tensors)
-        found = structures.candidates(job, trials, widths=known, bits=bits)
+        found = structures.candidates(job, trials, widths=known, space=space)
+        nats = job.budget.nats
+        usable = [shape for shape in found if shape.refused is None]
+        promises = [structures.promise(space, job.graph, s.structure, s.loss, nats) for s in usable]
     job.shapes += [shape.json() for shape in found]
-    promises = [(shape.promise(job.budget.nats, bits), n) for n, shape in enumerate(found) if shape.refused is None]
-    best, n = min(promises, default=(math.inf, 0))
-    return found[n] if best < CHEAPER else None
-
-
-def likely(job: Job, space: Space) -> Choices:
-    """About what a candidate that keeps the budget is made of."""
-    try:
-        return space.allocate(min(USED * job.budget.nats, NEVER))
-    except BudgetError:
-        return space.original
+    best = min(promises, default=math.inf)
+    return usable[promises.index(best)] if best < CHEAPER else None
 
 
 def better(
@@ -291,9 +283,8 @@ def better(
     statistics = calibrated(other, trials)
     packer = Packer(other.original, other.model.tensor, statistics.inputs, other.packed // 2)
     # What a candidate of the whole shape is made of: other formats have had their chance.
-    only = {"int8-g64", *(c.format for c in likely(job, start.space).values())}
-    space, times = explore(other, statistics, packer, trials, only, start.space.whole)
-    space = replace(space, before=start.space)
+    only = {"int8-g64", *(c.format for c in structures.likely(start.space, job.budget.nats).values())}
+    space, times = explore(other, statistics, packer, trials, only, start.space)
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
     most = choose_caches(begun, statistics, each, trials)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from hasten.bench.latency import Run
 from hasten.engine.llm import STEP_TOKENS
@@ -23,12 +24,14 @@ CLOSE = 0.05
 class Prediction:
     """A candidate's time as a share of the original's in the same rounds.
 
-    `composed`: as the matrices' times alone say; `corrected`: as whole models in each format have corrected these;
-    `measured` lies between `low` and `high`, 95% of the time.
+    `composed`: as the matrices' times alone say; `expected`: as whole models in each format, timed before, have
+    corrected these; `corrected`: moved as far as the other candidates of the same rounds have moved, for a machine's
+    state changes how much faster anything is. `measured` lies between `low` and `high`, 95% of the time.
     """
 
     name: str
     composed: float
+    expected: float
     corrected: float
     measured: float
     low: float
@@ -59,18 +62,24 @@ def seconds_at(rate: float, objective: Objective) -> float:
 def predictions(
     refiner: Refiner, objective: Objective, runs: Mapping[str, Run], speeds: Mapping[str, Speed]
 ) -> list[Prediction]:
-    """Of every candidate that was timed, by what was known before."""
+    """Of every candidate that was timed."""
     if objective.name == "memory":
         return []
-    space, found = refiner.space, []
-    for one in refiner.tried:
-        if one.name not in runs:
-            continue
-        took = space.whole.seconds if space.whole else seconds(runs[one.name], objective)
-        gain = speeds[one.name].gain(objective.name)
-        corrected = 1 - (space.original_cost - one.cost) / took
-        composed = 1 - (space.original_alone - space.alone(one.choices)) / took
-        found.append(Prediction(one.name, composed, corrected, 1 / gain.estimate, 1 / gain.high, 1 / gain.low))
+    space = refiner.space
+    tried = [t for t in refiner.tried if t.name in runs]
+    measured = {t.name: 1 / speeds[t.name].gain(objective.name).estimate for t in tried}
+    took = {t.name: space.whole.seconds if space.whole else seconds(runs[t.name], objective) for t in tried}
+    expected = {t.name: 1 - (space.original_cost - t.cost) / took[t.name] for t in tried}
+    found = []
+    for one in tried:
+        # What was timed in the same rounds has the original's run in common.
+        others = [t.name for t in tried if t is not one and runs[t.name] is runs[one.name]]
+        state = median(measured[name] / expected[name] for name in others) if others else 1.0
+        composed = 1 - (space.original_alone - space.alone(one.choices)) / took[one.name]
+        known, gain = expected[one.name], speeds[one.name].gain(objective.name)
+        found.append(
+            Prediction(one.name, composed, known, known * state, measured[one.name], 1 / gain.high, 1 / gain.low)
+        )
     return found
 
 

@@ -38,7 +38,7 @@ def predictions(document: Json) -> str:
     found = document["predictions"]
     if not found:
         return ""
-    values = [v for p in found for v in (p["composed"], p["corrected"], p["low"], p["high"])]
+    values = [v for p in found for v in (p["composed"], p["expected"], p["corrected"], p["low"], p["high"])]
     ticks = linear_ticks(min(values) * 0.95, max(values) * 1.05)
     width, height = 620, 360
     x = scale(ticks[0], ticks[-1], LEFT, width - RIGHT)
@@ -56,10 +56,10 @@ def predictions(document: Json) -> str:
         parts.append(f'<path d="{line}" stroke="{ROSE}" stroke-opacity="0.6" stroke-dasharray="{dashes}" fill="none"/>')
     for p in found:
         near = abs(p["error"]) <= CLOSE
-        for key, fill in (("composed", GREY), ("corrected", GREEN if near else BLUE)):
+        for key, fill in (("composed", GREY), ("expected", ROSE), ("corrected", GREEN if near else BLUE)):
             hover = f"{p['name']}: {key} {p[key]:.3f}, measured {p['measured']:.3f} ({p['low']:.3f} to {p['high']:.3f})"
             parts.append(dot(x(p[key]), y(p["measured"]), fill, hover))
-    label = "predicted: grey as composed of kernels' times, coloured as corrected by whole models in one format"
+    label = "predicted: grey of kernels alone, red by whole models before, green or blue by others in the same rounds"
     parts.append(text((LEFT + width - RIGHT) / 2, height - 12, label, anchor="middle", size=11))
     what = f"measured time, as a share of the original's; dashed: {CLOSE:.0%} off"
     return svg("Times predicted and measured", what, width, height, parts)

@@ -143,17 +143,21 @@ def predicted(document: Json) -> Section:
         (
             one["name"],
             f"{one['composed']:.3f}",
+            f"{one['expected']:.3f}",
             f"{one['corrected']:.3f}",
             f"{one['measured']:.3f} ({one['low']:.3f} to {one['high']:.3f})",
             f"{one['error'] * 100:+.1f}%",
         )
         for one in found
     ]
-    head = ("", "composed", "corrected", "measured (95% interval)", "error")
+    head = ("", "composed", "expected", "corrected", "measured (95% interval)", "error")
     near = sum(abs(one["error"]) <= CLOSE for one in found)
+    before = sum(abs(one["expected"] / one["measured"] - 1) <= CLOSE for one in found)
     note = (
         f"Time as a share of the original's in the same rounds. Composed: the original's step less its matrices, plus "
-        f"the candidate's, each timed alone; corrected: by whole models in one format each, timed before. "
-        f"{near} of {len(found)} are within {CLOSE:.0%}."
+        f"the candidate's, each timed alone. Expected: corrected by whole models in one format each, timed before; "
+        f"{before} of {len(found)} are within {CLOSE:.0%}. Corrected: as far as the other candidates of the same "
+        f"rounds have moved, for the machine's state changes what is how much faster; {near} of {len(found)} are "
+        f"within {CLOSE:.0%}, which the error is of."
     )
     return Section("Times predicted and measured", head, rows, note, (scatter.predictions(document),) if found else ())

@@ -27,15 +27,15 @@ from hasten.backends.batch import Int32
 from hasten.checkpoint import Model
 from hasten.compress import restructure, structure_recipe
 from hasten.engine import memory
-from hasten.errors import ConfigError, HastenError, InputError
+from hasten.errors import BudgetError, ConfigError, HastenError, InputError
 from hasten.evaluate import perplexity
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
-from hasten.graph.sites import feed_forward_site
-from hasten.graph.structure import Structure, parse, restructured
+from hasten.graph.structure import Narrow, Structure, parse, restructured
 from hasten.search import cost, texts
 from hasten.search.candidates import Tensor, tensors
 from hasten.search.job import Job
+from hasten.search.refine import NEVER, Choices, Space
 from hasten.search.trials import Json, Trials
 from hasten.search.widths import Widths
 
@@ -46,11 +46,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 ROOM = 0.6
 """Of the budget that a shape may use up: packing needs the rest."""
+USED = 0.8
+"""Of the budget, by losses that add up, of a candidate that will keep it, about."""
 FASTER = 0.98
 """Of the original's time, at most: less is not worth the loss."""
 TYPICAL = ("int4-g64", "int8-g64")
 MEASURED_TOKENS = 4096
-LEVELS = [n / 32 for n in range(31, 7, -1)]
+LEVELS = [n / 16 for n in range(15, 3, -1)]
 """Shares of all feed-forward channels that narrower models may keep."""
 MOST_NARROWED = 3
 """That are measured: each shows what the next is to be."""
@@ -79,13 +81,6 @@ class Shape:
         """With its weights in the model's dtype, made anew. Raises what restructure.apply raises."""
         return _made(self.job, self.recipe, _split(self.job)[0])
 
-    def promise(self, nats: float, bits: float) -> float:
-        """The cost of its best candidate, roughly, as a share: a bit less for each weight loses four times as much.
-
-        `nats`: of the budget; `bits` a weight: of the best candidate of the whole shape, which has all of it.
-        """
-        return _promise(self.cost, self.loss, nats, bits)
-
     def json(self) -> Json:
         """For reports."""
         return {
@@ -98,17 +93,44 @@ class Shape:
         }
 
 
+def promise(space: Space, graph: Graph, structure: Structure, loss: float, nats: float) -> float:
+    """The cost of the best candidate of a shape, roughly, as a share of that of the best one of `graph`.
+
+    What is left of each matrix costs its share, and loses in a format what all of it does: what a shape leaves out is
+    what bears fewer bits best. `loss`: of the shape alone; `nats`: of the budget.
+    """
+    after = restructured(graph, structure)
+    sizes = {m.name: m.shape[0] * m.shape[1] for m in after.matrices()}
+    left = {t.name: sum(n for name, n in sizes.items() if name.startswith(t.name)) for t in space.tensors}
+    shares = [min(1.0, left[t.name] / t.parameters) for t in space.tensors]
+    costs = [[share * cost for cost in row] for share, row in zip(shares, space.costs, strict=True)]
+    small = replace(space, costs=costs)
+    try:
+        own = small.cost(small.allocate(min(USED * nats - loss, NEVER)))
+    except BudgetError:
+        return math.inf
+    return own / space.cost(likely(space, nats))
+
+
+def likely(space: Space, nats: float) -> Choices:
+    """About what a candidate that keeps the budget is made of."""
+    try:
+        return space.allocate(min(USED * nats, NEVER))
+    except BudgetError:
+        return space.original
+
+
 def candidates(
     job: Job,
     trials: Trials,
     recipes: Mapping[str, Mapping[str, Any]] = RECIPES,
     widths: Widths | None = None,
-    bits: float = 4.0,
+    space: Space | None = None,
 ) -> list[Shape]:
     """Every shape that the model can take, measured, those worth exploring first, the cheapest of them before others.
 
-    A recipe that the architecture has no place for is left out; a model of its own shape keeps it. `widths`: what
-    narrower feed-forwards lose; `bits` a weight: of the best candidate of the whole shape, roughly.
+    A recipe that the architecture has no place for is left out; a model of its own shape keeps it. With `widths` and
+    `space`, narrower feed-forwards as well: what their channels lose, and the choices that there are for matrices.
     """
     if job.model.structure:  # its maker chose it
         return []
@@ -117,8 +139,8 @@ def candidates(
         job.report("shapes", done, len(recipes) + MOST_NARROWED)
         if shape := _shape(job, name, recipe, trials):
             found.append(shape)
-    if widths:
-        found += _narrower(job, widths, bits, trials)
+    if widths and space:
+        found += _narrower(job, widths, space, trials)
     job.report("shapes", len(recipes) + MOST_NARROWED, len(recipes) + MOST_NARROWED)
     return sorted(found, key=lambda s: (s.refused is not None, s.cost))
 
@@ -137,28 +159,19 @@ def _shape(job: Job, name: str, recipe: Mapping[str, Any], trials: Trials) -> Sh
     return Shape(name, recipe, structure, loss, share, figures["parameters"], _refusal(job, loss, share), job)
 
 
-def _narrower(job: Job, widths: Widths, bits: float, trials: Trials) -> list[Shape]:
+def _narrower(job: Job, widths: Widths, space: Space, trials: Trials) -> list[Shape]:
     """Feed-forwards of the share that promises the most; what one loses says which to measure next."""
-    sizes = {m.name: m.shape[0] * m.shape[1] for m in job.graph.matrices()}
-    sites = [feed_forward_site(job.graph, block) for block in range(len(widths.full))]
-    each = [  # parameters of a channel
-        sum(sizes.get(w, 0) for node in (*site.inputs, site.output) for w in node.weights) / full
-        for site, full in zip(sites, widths.full, strict=True)
-    ]
     found: dict[float, Shape | None] = {}
     times = OPTIMISM
     for _ in range(MOST_NARROWED):
 
-        def promise(level: float) -> float:
+        def promised(level: float) -> float:
             keep = widths.keep(level)
-            gone = sum(e * (full - kept) for e, full, kept in zip(each, widths.full, keep, strict=True))
-            loss = times * widths.loss(keep)  # noqa: B023
-            if loss > ROOM * job.budget.nats:
-                return math.inf
-            return _promise(1 - gone / sum(sizes.values()), loss, job.budget.nats, bits)
+            structure = Structure(narrowed={block: Narrow(feed_forward=kept) for block, kept in enumerate(keep)})
+            return promise(space, job.graph, structure, times * widths.loss(keep), job.budget.nats)  # noqa: B023
 
-        level = min(LEVELS, key=promise)
-        if level in found or promise(level) == math.inf:
+        level = min(LEVELS, key=promised)
+        if level in found or not promised(level) < 1:
             break
         keep = widths.keep(level)
         found[level] = shape = _shape(job, f"feed-forwards of {level:.0%}, by block", widths.recipe(keep), trials)
@@ -166,11 +179,6 @@ def _narrower(job: Job, widths: Widths, bits: float, trials: Trials) -> list[Sha
         if shape and expected > 0:
             times = min(max(shape.loss / expected, 0.2), 50.0)
     return [shape for shape in found.values() if shape]
-
-
-def _promise(cost: float, loss: float, nats: float, bits: float) -> float:
-    left = 1 - loss / nats if nats > 0 else 0.0
-    return cost * (1 - math.log(left, 4) / bits) if left > 0 else math.inf
 
 
 def _split(job: Job) -> tuple[list[Int32], list[Int32]]:

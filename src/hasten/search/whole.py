@@ -21,6 +21,7 @@ from hasten.search.candidates import Tensor
 from hasten.search.cost import Costs, Whole, names_of
 from hasten.search.job import CONTENDERS, Job
 from hasten.search.objective import Objective
+from hasten.search.refine import Space
 from hasten.search.trials import Trials
 
 ROUNDS = 5
@@ -32,10 +33,14 @@ MOST = 5.0
 """Times as much, or as little, as alone: beyond that something else went wrong."""
 
 
-def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials) -> Whole:
-    """Times the model in every format of `tensors`; `alone`: their choices' costs by kernels timed alone."""
+def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials, before: Space | None = None) -> Whole:
+    """Times the model in every format of `tensors`; `alone`: their choices' costs by kernels timed alone.
+
+    `before`: of the model that was given, where this is another shape of it.
+    """
     key = [job.key, job.kernels, asdict(job.objective), job.threads]
-    whole = Whole(float(trials.measure("whole", key, partial(original, job))))
+    known = before.whole if before else None
+    whole = known or Whole(float(trials.measure("whole", key, partial(original, job))))
     names = sorted({name for t in tensors if t.linears for name in names_of(t)[1:]})
     new = trials.measure("schedule", ["whole", *key, names, job.settings.minutes], lambda: _new(job, whole, names))
     if not new:
@@ -45,6 +50,9 @@ def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials) -
         some = names[start : start + CONTENDERS]
         make = _together(job, aim, [_uniform(job, tensors, name) for name in some])
         shares |= dict(zip(some, trials.measure("whole formats", [*key, some, new], make), strict=True))
+    if before and known:
+        rest = 1 - before.original_cost / known.seconds
+        return replace(known, scale={**known.scale, **scales(tensors, alone, known, shares, rest)})
     return replace(whole, scale=fit(tensors, alone, whole.seconds, shares))
 
 
@@ -93,21 +101,32 @@ def fit(tensors: Sequence[Tensor], alone: Costs, seconds: float, shares: Mapping
     `shares`: by format, what the model takes in it, as a share of the original's `seconds`. Of the rest, which no
     matrix takes, only its bounds are known: the one is taken that asks for the least scaling, in logarithms.
     """
-    own = [(t, dict(zip(names_of(t), row, strict=True)), row[0]) for t, row in zip(tensors, alone, strict=True)]
-    original = sum(first for _, _, first in own)
-    if not original > 0:
+    total = sum(row[0] for row in alone)
+    if not total > 0:
         return {}
-    changed = {f: sum(by[f] for _, by, _ in own if f in by) for f in shares}
-    kept = {f: sum(first for _, by, first in own if f not in by) for f in shares}
     best: tuple[float, dict[str, float]] = (math.inf, {})
     for rest in map(float, np.linspace(0.0, 0.98 * min(1.0, *shares.values()), 99)):
-        dense = (1 - rest) * seconds / original
-        scale = {
-            f: min(max(((share - rest) * seconds - dense * kept[f]) / changed[f], 1 / MOST), MOST)
-            for f, share in shares.items()
-            if changed[f] > 0
-        }
-        scale |= {t.format: dense for t in tensors}
-        effort = sum(math.log(v) ** 2 for v in scale.values())
-        best = min(best, (effort, scale), key=lambda one: one[0])
+        dense = {t.format: (1 - rest) * seconds / total for t in tensors}
+        found = dense | scales(tensors, alone, Whole(seconds, dense), shares, rest)
+        effort = sum(math.log(v) ** 2 for v in found.values())
+        best = min(best, (effort, found), key=lambda one: one[0])
     return best[1]
+
+
+def scales(
+    tensors: Sequence[Tensor], alone: Costs, known: Whole, shares: Mapping[str, float], rest: float
+) -> dict[str, float]:
+    """The same for the formats of `shares`, where the rest is known, and the scale of what stays as it was."""
+    found = {}
+    for format, share in shares.items():
+        rows = [dict(zip(names_of(t), row, strict=True)) for t, row in zip(tensors, alone, strict=True)]
+        changed = sum(row[format] for row in rows if format in row)
+        kept = sum(
+            row[t.format] * known.scale.get(t.format, 1.0)
+            for t, row in zip(tensors, rows, strict=True)
+            if format not in row
+        )
+        if changed > 0:
+            factor = ((share - rest) * known.seconds - kept) / changed
+            found[format] = min(max(factor, 1 / MOST), MOST)
+    return found
