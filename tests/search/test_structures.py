@@ -107,10 +107,10 @@ def test_what_a_shape_promises_weighs_its_loss(made) -> None:
     after = restructured(made.graph, halves)
     left = sum(m.shape[0] * m.shape[1] for m in after.matrices() if m.name in {t.name for t in found})
     assert promise(halves, 0.0, nats) == pytest.approx(left / total)
-    one_less = promise(halves, 0.9e-3, nats)  # the cheapest of all matrices must be in eight bits
+    one_less = promise(halves, 0.6e-3, nats)  # the cheapest of all matrices must be in eight bits
     assert left / total < one_less < left / total * 1.1
     assert promise(halves, 1.1 * nats, nats) == float("inf")
     shallow = Structure((1,))
     gone = sum(t.parameters for t in found if t.block == 1)
     assert promise(shallow, 0.0, nats) == pytest.approx((total - gone) / total)
-    assert promise(shallow, 3e-3, nats) == pytest.approx((total - gone) / total)  # its own matrices lose nothing now
+    assert promise(shallow, 2e-3, nats) == pytest.approx((total - gone) / total)  # its own matrices lose nothing now

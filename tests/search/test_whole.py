@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +78,8 @@ class Job:
     kernels: str = "here"
     objective: Objective = OBJECTIVE
     threads: int = 1
+    packed: int = 0
+    graph: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(parameters=lambda: 1))
 
 
 def job(minutes: float | None = None) -> Job:
@@ -96,6 +98,14 @@ def job(minutes: float | None = None) -> Job:
 )
 def test_as_many_tokens_as_there_is_time_for(seconds: float, names: int, minutes: float | None, new: int) -> None:
     assert whole._new(job(minutes), Whole(seconds), [str(i) for i in range(names)]) == pytest.approx(new, abs=1)
+
+
+def test_as_many_at_once_as_memory_holds() -> None:
+    asked = job()
+    asked.graph.parameters = lambda: 10**8
+    for packed, count in ((0, 3), (5 * 10**8, 5), (10**9, 10)):
+        asked.packed = packed
+        assert whole.together(asked) == count
 
 
 def test_models_are_timed_once(tmp_path, monkeypatch) -> None:

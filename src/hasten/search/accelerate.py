@@ -288,7 +288,8 @@ def better(
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
     most = choose_caches(begun, statistics, each, trials)
-    tried, _ = refine(begun, sample, final, most, each, None, trials)
+    best = min((t.cost for t in refiner.tried if t.fits), default=None)
+    tried, _ = refine(begun, sample, final, most, each, None, trials, most_cost=best)
     pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]
     loser, name = (refiner, "all of the model") if pair[1] < CHEAPER * pair[0] else (tried, shape.name)
     its = job if loser is refiner else other
@@ -327,6 +328,7 @@ def refine(
     before: Run | None,
     trials: Trials,
     rounds: int = ROUNDS,
+    most_cost: float | None = None,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     job, space, packer = start.job, start.space, start.packer
@@ -347,6 +349,7 @@ def refine(
         job.kv_formats,
     )
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
+    refiner.most_cost = most_cost
     later = schedule.reserve(job, each, final.tokens)
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
     proof = Proof()

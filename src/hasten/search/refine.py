@@ -146,6 +146,8 @@ class Refiner:
     tried: list[Tried]
     enough_time: Callable[[], bool] = lambda: True
     """Whether one more candidate can be measured."""
+    most_cost: float | None = None
+    """A candidate that costs as much and does not fit ends the search: what is more careful costs more."""
     slowest: float = 0.0
     """Seconds that a candidate took to measure, at most."""
 
@@ -167,6 +169,8 @@ class Refiner:
             if one is None:
                 return
             share = self.bounds.share(one.readings)
+            if self.most_cost is not None and one.cost >= self.most_cost and not one.fits:
+                return
             if one.fits:
                 fits = (allowance, share)
             else:

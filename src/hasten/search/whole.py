@@ -46,9 +46,10 @@ def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials, b
     if not new:
         return whole
     aim, shares = replace(job.objective, new=new), dict[str, float]()
-    for start in range(0, len(names), CONTENDERS):
-        some = names[start : start + CONTENDERS]
-        make = _together(job, aim, [_uniform(job, tensors, name) for name in some])
+    most = together(job)
+    for start in range(0, len(names), most):
+        some = names[start : start + most]
+        make = _shares(job, aim, [_uniform(job, tensors, name) for name in some])
         shares |= dict(zip(some, trials.measure("whole formats", [*key, some, new], make), strict=True))
     if before and known:
         rest = 1 - before.original_cost / known.seconds
@@ -62,7 +63,13 @@ def original(job: Job) -> float:
     return predict.seconds(run, job.objective)
 
 
-def _together(job: Job, aim: Objective, candidates: Sequence[Callable[[], Weights]]) -> Callable[[], list[float]]:
+def together(job: Job) -> int:
+    """How many models are timed in the same rounds: as many as memory holds, for what is timed apart is in another
+    state of the machine."""
+    return max(CONTENDERS, job.packed // max(job.graph.parameters(), 1))
+
+
+def _shares(job: Job, aim: Objective, candidates: Sequence[Callable[[], Weights]]) -> Callable[[], list[float]]:
     def make() -> list[float]:
         _, speeds = prove.timed(replace(job, objective=aim), [weights() for weights in candidates], ROUNDS)
         return [1 / one.gain(aim.name).estimate for one in speeds]
@@ -74,7 +81,7 @@ def _new(job: Job, whole: Whole, names: Sequence[str]) -> int:
     """How many tokens are decoded in each round: 0 where there is no time for any."""
     aim = job.objective
     most = SECONDS if not job.clock.limited else min(SECONDS, SHARE * job.clock.left())
-    groups = -(-len(names) // CONTENDERS)
+    groups = -(-len(names) // together(job))
     models = len(names) + groups
     if aim.name != "decode":
         return aim.new if 2 * models * ROUNDS * whole.seconds < most else 0
