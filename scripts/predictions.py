@@ -27,6 +27,8 @@ from hasten.search.job import CONTENDERS, Settings, prepare
 from hasten.search.refine import Space
 from hasten.search.trials import Trials
 
+ROUNDS = 25
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,7 +62,7 @@ def main() -> int:
     runs, speeds = {}, {}
     for start in range(0, len(tried), CONTENDERS):
         some = tried[start : start + CONTENDERS]
-        run, timed = prove.timed(job, [packed(job, one.choices) for one in some], prove.FINAL_ROUNDS)
+        run, timed = prove.timed(job, [packed(job, one.choices) for one in some], ROUNDS)
         runs |= {one.name: run for one in some}
         speeds |= {one.name: own for one, own in zip(some, timed, strict=True)}
     refiner = SimpleNamespace(space=space, tried=tried)

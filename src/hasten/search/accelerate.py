@@ -287,7 +287,10 @@ def better(
     space, times = explore(other, statistics, packer, trials, only, start.space)
     begun = Start(other, packer, space, times)
     each = seconds_per_token(other, trials)
-    most = choose_caches(begun, statistics, each, trials)
+    if job.caches and not job.caches["chosen"] and job.objective.cap is None:
+        other.caches, most = job.caches, None  # what all of it refused, less of it will not need
+    else:
+        most = choose_caches(begun, statistics, each, trials)
     best = min((t.cost for t in refiner.tried if t.fits), default=None)
     tried, _ = refine(begun, sample, final, most, each, None, trials, most_cost=best)
     pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]

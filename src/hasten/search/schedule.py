@@ -95,7 +95,8 @@ def sensitivities(job: Job, found: Sequence[Tensor], each: float, available: int
 
     def decide() -> dict[str, object]:
         limit = min(SENSITIVITY_SECONDS, SENSITIVITY * job.clock.left())
-        return asdict(sensitivity.plan(job.graph, found, each, limit, available))
+        most = 1 if job.shape else len(sensitivity.KINDS)  # the model's own shape has told how kinds compare
+        return asdict(sensitivity.plan(job.graph, found, each, limit, available, most))
 
     if not job.clock.limited:
         return Plan(**decide())  # type: ignore[arg-type]

@@ -42,13 +42,21 @@ class Plan:
     stride: int = 1
 
 
-def plan(graph: Graph, tensors: Sequence[Tensor], seconds_per_token: float, seconds: float, available: int) -> Plan:
-    """As much as fits into `seconds`, given what the whole model takes for a token."""
+def plan(
+    graph: Graph,
+    tensors: Sequence[Tensor],
+    seconds_per_token: float,
+    seconds: float,
+    available: int,
+    most: int = len(KINDS),
+) -> Plan:
+    """As much as fits into `seconds`, given what the whole model takes for a token; `most` kinds of format."""
     depth = max(1, len(graph.blocks))
     options = [
         Plan(KINDS[:count], tokens, stride)
         for stride in (1, 2, 4, 8)
         for count, tokens in ((3, MOST_TOKENS), (2, MOST_TOKENS), (1, MOST_TOKENS), (1, 512), (1, 256))
+        if count <= most
     ]
 
     def predicted(option: Plan) -> float:
