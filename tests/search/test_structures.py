@@ -70,8 +70,11 @@ def test_refused_with_figures_and_remembered(made, tmp_path: Path, monkeypatch: 
         again = structures.candidates(made, trials, RECIPES)
         assert [s.json() for s in again] == [s.json() for s in first]
         monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
-        slow = structures.candidates(replace(made, kernels=["another"]), trials, {"narrow": RECIPES["narrow"]})
-        assert slow[0].refused == "its matrices take 100.0% of the original's time"
+        monkeypatch.undo()
+        monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
+        factored = {"factored": {"low_rank": {"match": "*.mlp.*", "keep": "50%"}}}
+        slow = structures.candidates(replace(made, kernels=["another"]), trials, factored)
+        assert "of the original's time" in (slow[0].refused or "")  # two matrices for one, each as slow
 
 
 def test_a_restructured_artifact_is_accelerated_like_any_model(files, tmp_path, monkeypatch) -> None:  # noqa: F811

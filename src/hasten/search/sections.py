@@ -10,6 +10,8 @@ from hasten.search import batches, scatter, table
 from hasten.search.predict import CLOSE
 
 Json = dict[str, Any]
+TWINS = "int8-g64 everywhere"
+"""A candidate that every search measures, and that loses next to nothing by its format."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ def contributions(document: Json) -> Section:
     candidate = next((c for c in document["candidates"] if c["chosen"]), None)
     whole = candidate["estimate"] if candidate else None
     memory = document["objective"] == "memory"
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for one in document["contributions"]:
         without, nearest = one["without"]["estimate"], one["nearest"] and one["nearest"]["estimate"]
         rows.append(
@@ -51,13 +53,29 @@ def contributions(document: Json) -> Section:
                 _difference(part, nearest, whole) if one["nearest"] else "",
             )
         )
+    if shape := shapes_part(document, part):
+        rows.insert(0, shape)
     head = ("", "matrices", "bytes saved", "microseconds saved (predicted)", "loss caused", "loss saved by the method")
     note = (
         f"In {part['what']}, on the search's text, of the whole model: loss caused is what goes away where these "
         "matrices alone are as they were; loss saved is what comes where nearest rounding makes the same format. What "
         "is small beside the candidates' intervals is chance."
     )
+    if shape:
+        note += f" The shape's row: {TWINS} with it and without."
     return Section("What bought what", head, rows, note)
+
+
+def shapes_part(document: Json, part: Json) -> tuple[str, ...] | None:
+    """What another shape alone bought: the same format everywhere with and without it, measured on the same text."""
+    own = next((c for c in document["candidates"] if c["name"] == TWINS), None)
+    twin = next((c for c in document["others"] if c["name"].startswith(f"{TWINS}, ")), None)
+    if not (document["shape"] and own and twin):
+        return None
+    memory, name = document["objective"] == "memory", document["shape"]["name"]
+    saved = "" if memory else f"{(twin['cost'] - own['cost']) * 1e6:,.1f}"
+    lost = _difference(part, own["estimate"], twin["estimate"])
+    return (name, "", f"{(twin['bytes'] - own['bytes']) / 1e6:,.2f} MB", saved, lost, "")
 
 
 def caches(document: Json) -> Section:

@@ -103,7 +103,7 @@ def promise(space: Space, graph: Graph, structure: Structure, loss: float, nats:
     what bears fewer bits best. `loss`: of the shape alone; `nats`: of the budget.
     """
     after = restructured(graph, structure)
-    sizes = {m.name: m.shape[0] * m.shape[1] for m in after.matrices()}
+    sizes = _sizes(after)
     left = {t.name: sum(n for name, n in sizes.items() if name.startswith(t.name)) for t in space.tensors}
     shares = [min(1.0, left[t.name] / t.parameters) for t in space.tensors]
     costs = [[share * cost for cost in row] for share, row in zip(shares, space.costs, strict=True)]
@@ -229,18 +229,26 @@ def _measured(job: Job, recipe: Mapping[str, Any], fit: Sequence[Int32], held_ou
 
 def _cost(job: Job, structure: Structure, trials: Trials) -> float:
     """The shape's matrices as a share of the original's: time of the objective's steps, or bytes."""
-    graph = restructured(models.build(job.model.config, job.graph.context), structure)
-    own, before = (_costs(job, g, trials) for g in (graph, job.graph))
-    return own / before
+    after = restructured(models.build(job.model.config, job.graph.context), structure)
+    own = _costs(job, job.graph, trials)
+    if structure.low_rank:  # matrices of new shapes, and more of them
+        return sum(_costs(job, after, trials).values()) / sum(own.values())
+    # Narrower ones by their share: times taken apart differ by more than what is to be seen.
+    before, left = _sizes(job.graph), _sizes(after)
+    return sum(cost * left.get(name, 0) / before[name] for name, cost in own.items()) / sum(own.values())
 
 
-def _costs(job: Job, graph: Graph, trials: Trials) -> float:
-    """All matrices in a typical format."""
+def _sizes(graph: Graph) -> dict[str, int]:
+    return {m.name: m.shape[0] * m.shape[1] for m in graph.matrices()}
+
+
+def _costs(job: Job, graph: Graph, trials: Trials) -> dict[str, float]:
+    """Of all matrices, in a typical format."""
     format = formats.get(job.model.dtype)
     held = {m.name: Weight(format, (m.shape[0], m.shape[1]), {}) for m in graph.matrices()}  # only shapes are asked for
     found = [_typical(t) for t in tensors(graph, held)]
     times = cost.measure(found, job.objective, job.threads, trials, job.kernels, job.report)
-    return sum(cost.costs(t, job.objective, times)[0] for t in found)
+    return {t.name: cost.costs(t, job.objective, times)[0] for t in found}
 
 
 def _typical(tensor: Tensor) -> Tensor:
