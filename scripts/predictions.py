@@ -74,8 +74,8 @@ def main() -> int:
         shown = f"{row['measured']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
         guesses = " | ".join(f"{row[key]:.3f}" for key in ("composed", "expected", "corrected"))
         print(f"| {row['name']} | {guesses} | {shown} | {row['error']:+.1%} |")
-    before = sum(abs(row["expected"] / row["measured"] - 1) <= predict.CLOSE for row in rows)
-    after = sum(abs(row["error"]) <= predict.CLOSE for row in rows)
+    before = sum(abs(row["error"]) <= predict.CLOSE for row in rows)
+    after = sum(abs(row["corrected"] / row["measured"] - 1) <= predict.CLOSE for row in rows)
     print(f"of {len(rows)} within {predict.CLOSE:.0%}: {before} as expected, {after} as corrected")
     return 0
 

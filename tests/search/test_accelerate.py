@@ -49,7 +49,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr("hasten.bench.peak.peak_memory", lambda source, **sizes: 1_000_000)
     monkeypatch.setattr("hasten.bench.latency.ENOUGH_SECONDS", 0.0)
     monkeypatch.setattr("hasten.search.cost.seconds", lambda site, cold, threads: by_size(site))
-    monkeypatch.setattr("hasten.search.whole.original", lambda job: 1e-4)
+    monkeypatch.setattr("hasten.search.whole.original", lambda job: (1e-4, 1e-3))
     monkeypatch.setattr("hasten.search.domains.TOKENS", 600)
     monkeypatch.setattr("hasten.search.batches.SIZES", (1, 2))
 

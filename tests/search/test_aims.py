@@ -115,7 +115,7 @@ def rated(monkeypatch, rate) -> None:
         return sum(w.nbytes for n, w in weights.items() if hasattr(w, "format") and "embed" not in n)
 
     monkeypatch.setattr(speed, "compare", compare)
-    monkeypatch.setattr(whole, "original", lambda job: 1 / 100)
+    monkeypatch.setattr(whole, "original", lambda job: (1 / 100, 0.1))
 
 
 def test_a_target_takes_the_least_loss_that_reaches_it(files, tmp_path, monkeypatch) -> None:  # noqa: F811

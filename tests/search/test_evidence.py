@@ -57,7 +57,7 @@ def test_a_prediction_is_the_originals_step_with_other_matrices() -> None:
 def test_a_prediction_is_corrected_by_whole_models() -> None:
     """In the model the same matrices take 5, 3 and 1.5 s, of 100 s in all: known before any candidate was timed."""
     world = space()
-    known = Whole(100.0, {"f32": 1.25, LARGE.format: 1.5, SMALL.format: 1.5})
+    known = Whole(100.0, {LARGE.format: 1.5, SMALL.format: 1.5}, {"f32": 1.25})
     world = replace(world, costs=known.scaled(world.tensors, world.costs), whole=known)
     one = refiner(world, Judge(world, 1.0))
     names = [t.name for t in world.tensors]
@@ -85,8 +85,9 @@ def test_a_prediction_moves_with_the_others_of_its_rounds() -> None:
     runs = {"half": together, "quarter": together, "some": together, "apart": alone}
     truth = {"half": 0.76 * 1.2, "quarter": 0.64 * 1.2, "some": 0.97 * 1.2, "apart": 0.98 * 2}
     found = predict.predictions(one, Objective(), runs, {name: gain(1 / share) for name, share in truth.items()})
-    assert [p.error for p in found[:3]] == pytest.approx([0.0] * 3, abs=1e-12)
+    assert [p.corrected for p in found[:3]] == pytest.approx([truth[p.name] for p in found[:3]])
     assert [p.expected for p in found[:3]] == pytest.approx([0.76, 0.64, 0.97])
+    assert [p.error for p in found[:3]] == pytest.approx([1 / 1.2 - 1] * 3)  # of what was known before
     assert found[3].corrected == found[3].expected == pytest.approx(0.98)
 
 

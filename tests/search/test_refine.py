@@ -148,18 +148,6 @@ def test_careful_is_what_nineteen_of_twenty_proofs_stay_below() -> None:
     assert below / 4000 == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_search_ends_where_another_shape_is_cheaper() -> None:
-    """What does not fit and costs as much already is not made more careful."""
-    world = space()
-    free, bound = (refiner(world, Judge(world, 6.0)) for _ in range(2))
-    free.search()
-    failed = [t for t in free.tried if not t.fits]
-    assert len(failed) > 1
-    bound.most_cost = failed[0].cost
-    bound.search()
-    assert [t.choices for t in bound.tried] == [failed[0].choices]
-
-
 def test_next_allowance_stays_between_what_is_known() -> None:
     assert 0.01 < next_allowance((0.01, 0.005), (0.02, 0.015), 0.01) < 0.02
     assert next_allowance((0.01, 0.005), None, 0.01) == pytest.approx(0.02)

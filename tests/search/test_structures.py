@@ -66,11 +66,10 @@ def test_refused_with_figures_and_remembered(made, tmp_path: Path, monkeypatch: 
     with Trials(tmp_path / "work") as trials:
         first = structures.candidates(made, trials, RECIPES)
         assert all("it loses" in (s.refused or "") and "0.0001" in (s.refused or "") for s in first)
-        monkeypatch.setattr(structures, "_made", None)  # nothing is made twice
-        again = structures.candidates(made, trials, RECIPES)
+        with monkeypatch.context() as patch:
+            patch.setattr(structures, "_made", None)  # nothing is made twice
+            again = structures.candidates(made, trials, RECIPES)
         assert [s.json() for s in again] == [s.json() for s in first]
-        monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
-        monkeypatch.undo()
         monkeypatch.setattr(cost, "seconds", lambda site, *_: 1.0)
         factored = {"factored": {"low_rank": {"match": "*.mlp.*", "keep": "50%"}}}
         slow = structures.candidates(replace(made, kernels=["another"]), trials, factored)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
+from support import tiny_graph
 
 from hasten.compress.recipe import KEEP, Choice
+from hasten.graph.graph import Graph
 from hasten.search import whole
 from hasten.search.candidates import Tensor
 from hasten.search.clock import Clock
 from hasten.search.cost import Whole
 from hasten.search.objective import Objective
+from hasten.search.refine import Space
 from hasten.search.trials import Trials
 
 LARGE, SMALL = Choice("int8-g64", "clip"), Choice("int4-g64", "gptq")
@@ -43,7 +46,7 @@ def truth(scale: dict[str, float], rest: float) -> tuple[float, dict[str, float]
 def test_sums_come_out_as_measured(scale: tuple[float, float, float], rest: float) -> None:
     names = dict(zip(("bf16", "int8-g64", "int4-g64"), scale, strict=True))
     seconds, shares = truth(names, rest)
-    found = Whole(seconds, whole.fit(tensors(), ALONE, seconds, shares))
+    found = whole.fit(tensors(), ALONE, seconds, shares)
     costs = found.scaled(tensors(), ALONE)
     before = sum(row[0] for row in costs)
     for column, name in ((1, "int8-g64"), (2, "int4-g64")):
@@ -56,18 +59,32 @@ def test_sums_come_out_as_measured(scale: tuple[float, float, float], rest: floa
 
 def test_a_world_like_the_kernels_is_left_as_it_is() -> None:
     seconds, shares = truth({"bf16": 1.0, "int8-g64": 1.0, "int4-g64": 1.0}, 4.0)
-    assert whole.fit(tensors(), ALONE, seconds, shares) == pytest.approx(
-        {"bf16": 1.0, "int8-g64": 1.0, "int4-g64": 1.0}, rel=0.02
-    )
+    found = whole.fit(tensors(), ALONE, seconds, shares)
+    assert {**found.own, **found.scale} == pytest.approx({"bf16": 1.0, "int8-g64": 1.0, "int4-g64": 1.0}, rel=0.02)
 
 
 def test_a_wild_measurement_moves_costs_so_far_only() -> None:
     found = whole.fit(tensors(), ALONE, 20.0, {"int8-g64": 300.0, "int4-g64": 0.5})
-    assert found["int8-g64"] == whole.MOST
-    assert all(1 / whole.MOST <= v <= whole.MOST for v in found.values())
+    assert found.scale["int8-g64"] == whole.MOST
+    assert all(1 / whole.MOST <= v <= whole.MOST for v in found.scale.values())
 
 
-OBJECTIVE = Objective()
+def test_a_format_that_some_matrices_had_already() -> None:
+    """The last one is in int8 as it is: it counts with what stays, by the factor of what stays."""
+    made = [*tensors()[:2], replace(tensors()[2], format="int8-g64", choices=(KEEP, SMALL))]
+    scale, own, rest = {"int8-g64": 1.5, "int4-g64": 0.8}, 1.2, 3.0
+    before = rest + own * sum(row[0] for row in ALONE)
+    large = rest + 1.5 * (ALONE[0][1] + ALONE[1][1]) + own * ALONE[2][0]
+    small = rest + 0.8 * (ALONE[0][2] + ALONE[1][2] + ALONE[2][1])
+    known = Whole(before, own={"bf16": own, "int8-g64": own})
+    shares = {"int8-g64": large / before, "int4-g64": small / before}
+    assert whole.scales(made, ALONE, known, shares, rest / before) == pytest.approx(scale)
+    costs = replace(known, scale=scale).scaled(made, ALONE)
+    assert [row[0] for row in costs] == pytest.approx([own * row[0] for row in ALONE])
+    assert costs[0][1] == pytest.approx(1.5 * ALONE[0][1])
+
+
+OBJECTIVE = Objective(prompt=16, new=48)
 
 
 @dataclass
@@ -79,7 +96,7 @@ class Job:
     objective: Objective = OBJECTIVE
     threads: int = 1
     packed: int = 0
-    graph: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(parameters=lambda: 1))
+    graph: Graph = field(default_factory=tiny_graph)
 
 
 def job(minutes: float | None = None) -> Job:
@@ -87,25 +104,28 @@ def job(minutes: float | None = None) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "names", "minutes", "new"),
+    ("seconds", "prompts", "minutes", "new"),
     [
-        (0.001, 10, None, 64),  # ten models and four times the original, twice five rounds of 64 ms
-        (0.05, 10, None, 17),  # 120 s of 7 s a token
-        (1.0, 10, None, 0),  # eight tokens would take twenty minutes
-        (0.05, 10, 10, 0),  # a twentieth of ten minutes is 30 s, for eight tokens of 7 s
-        (0.005, 10, 10, 42),
+        (0.001, 0.1, None, 48),  # ten models and four times the original, three times five rounds: 0.57 s for each
+        (0.05, 0.1, None, 9),  # 0.47 s beside the prompt
+        (0.05, 0.4, None, 0),  # not eight tokens
+        (0.05, 0.01, 10, 0),  # a twentieth of ten minutes is 30 s
+        (0.005, 0.01, 10, 26),
     ],
 )
-def test_as_many_tokens_as_there_is_time_for(seconds: float, names: int, minutes: float | None, new: int) -> None:
-    assert whole._new(job(minutes), Whole(seconds), [str(i) for i in range(names)]) == pytest.approx(new, abs=1)
+def test_as_many_tokens_as_there_is_time_for(seconds: float, prompts: float, minutes: float | None, new: int) -> None:
+    assert whole._new(job(minutes), seconds, prompts, 10) == new
 
 
 def test_as_many_at_once_as_memory_holds() -> None:
     asked = job()
-    asked.graph.parameters = lambda: 10**8
-    for packed, count in ((0, 3), (5 * 10**8, 5), (10**9, 10)):
-        asked.packed = packed
-        assert whole.together(asked) == count
+    assert whole.together(asked) == 3
+    each = 2 * asked.graph.parameters()
+    asked.packed = 20 * each
+    few = whole.together(asked)
+    assert 3 <= few < 10  # caches and buffers take room as well
+    asked.packed = 10**9
+    assert whole.together(asked) > 10
 
 
 def test_models_are_timed_once(tmp_path, monkeypatch) -> None:
@@ -114,7 +134,7 @@ def test_models_are_timed_once(tmp_path, monkeypatch) -> None:
 
     def timed(job, candidates, rounds):
         calls.append(len(candidates))
-        run = SimpleNamespace(decode_tokens_per_second=1 / seconds * 1e3)
+        run = SimpleNamespace(decode_tokens_per_second=1 / seconds * 1e3, prefill_tokens_per_second=1e5)
         gains = [SimpleNamespace(estimate=1 / shares[name]) for name in ("int4-g64", "int8-g64")]
         return run, [SimpleNamespace(gain=lambda _, g=g: g) for g in gains[: len(candidates)]]
 
@@ -126,4 +146,20 @@ def test_models_are_timed_once(tmp_path, monkeypatch) -> None:
     assert calls == [0, 2]
     assert first == again
     assert first.seconds == pytest.approx(seconds / 1e3)
-    assert first.scale == pytest.approx(whole.fit(tensors(), ALONE, seconds, shares))
+    assert first.scale == pytest.approx(whole.fit(tensors(), ALONE, seconds, shares).scale)
+    # Another shape of it, half as large: what no matrix takes is known, and so is what an untouched one does.
+    space = Space(tensors(), first.scaled(tensors(), alone), ALONE, whole=first)
+    small = [[v / 2 for v in row] for row in alone]
+    with Trials(tmp_path / "other", keep=True) as trials:
+        again = whole.measure(replace(job(), key="shape"), tensors(), small, trials, space)
+    assert again.seconds == first.seconds
+    rest = 1 - space.original_cost / first.seconds
+    assert again.scale == whole.scales(tensors(), small, first, shares, rest)
+    # With nothing to time, or nothing of the kind timed of the model that was given, nothing is.
+    calls.clear()
+    bare = [replace(t, choices=(KEEP,)) for t in tensors()]
+    with Trials(tmp_path / "none", keep=True) as trials:
+        assert whole.measure(job(), bare, alone, trials).scale == {}
+        unknown = replace(space, whole=Whole(seconds / 1e3))
+        assert whole.measure(replace(job(), key="shape"), tensors(), small, trials, unknown) == unknown.whole
+    assert calls == [0, 0]

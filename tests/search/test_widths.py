@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def convex(seed: int, steps: int) -> tuple[float, ...]:
 
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.6, 0.4])
 def test_the_widths_lose_the_least_of_all_that_keep_the_share(share: float) -> None:
-    made = Widths((160, 160, 160, 160), (32,) * 4, tuple(convex(seed, 4) for seed in range(4)))
+    made = Widths((0, 1, 2, 3), (160, 160, 160, 160), (32,) * 4, tuple(convex(seed, 4) for seed in range(4)))
     keep = made.keep(share)
     assert sum(keep) >= share * 640 > sum(keep) - 32
     ways = [w for w in itertools.product((160, 128, 96, 64, 32), repeat=4) if sum(w) == sum(keep)]
@@ -40,7 +41,7 @@ def test_the_widths_lose_the_least_of_all_that_keep_the_share(share: float) -> N
 
 
 def test_blocks_of_several_widths_and_nothing_beyond_the_last_unit() -> None:
-    made = Widths((96, 256), (32, 128), ((0.0, 1.0, 9.0), (0.0, 2.0)))
+    made = Widths((0, 1), (96, 256), (32, 128), ((0.0, 1.0, 9.0), (0.0, 2.0)))
     assert made.keep(1.0) == (96, 256)
     assert made.keep(0.0) == (32, 128)
     assert made.keep(0.9) == (64, 256)
@@ -90,6 +91,16 @@ def test_found_of_a_model_and_kept(quick, tmp_path: Path, monkeypatch) -> None: 
     assert all(b >= a for row in first.losses for a, b in itertools.pairwise(row))
     plan = structure_recipe.parse(first.recipe(first.keep(0.5))).plan(work.graph, work.model.structure)
     assert sum(plan.channels.get(b, 256) for b in range(2)) == 256
+    dead = Space(found, [], [[0.0] * len(t.choices) for t in found])
+    with Trials(tmp_path / "dead", keep=True) as trials:
+        monkeypatch.setattr(channels, "curve", lambda down, hessian, unit: [float(k) for k in range(8)])
+        nothing = widths.find(work.graph, seen, dead, packer, trials, "k", lambda *a: None)
+        assert nothing is not None
+        assert nothing.loss(nothing.keep(0.25)) == 0.0
+        half = replace(space, losses=[space.losses[0], [0.0, *[float("inf")] * (len(space.losses[1]) - 1)]])
+        one = widths.find(work.graph, seen, half, packer, trials, "k", lambda *a: None)
+        assert one is not None
+        assert set(one.narrowed(one.keep(0.5))) == {0}  # what nothing is known of stays as it is
     unknown = Space(found, [], [[0.0, *[float("inf")] * (len(t.choices) - 1)] for t in found])
     with Trials(tmp_path / "other", keep=True) as trials:
         assert widths.find(work.graph, seen, unknown, packer, trials, "k", lambda *a: None) is None

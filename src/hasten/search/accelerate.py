@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from hasten.search import (
     samples,
     schedule,
     sensitivity,
+    speed,
     structures,
     target,
     texts,
@@ -55,6 +56,9 @@ from hasten.search.trials import Trials, digest
 
 CHEAPER = 0.98
 """Of the cost that the best candidate of the given shape has: another shape must do better than that."""
+NOTHING_ELSE = "of the model's own no candidate keeps the budget"
+ROUNDS_TIMED = 5
+"""In which the best candidates of two shapes are timed."""
 FEW = 2
 """Rounds of the search with the whole shape, where another one promises more."""
 UNLIKE, UNLIKE_TOKENS = 3.0, 2048
@@ -89,10 +93,10 @@ def accelerate(settings: Settings, report: Report, note: Note) -> Outcome:
         start = Start(job, packer, space, times)
         each = seconds_per_token(job, trials)
         most = choose_caches(start, statistics, each, trials)
+        shape = promising(start, statistics, trials)
         sizes = schedule.text_sizes(job, each, trials)
         slices = texts.slices(job.texts.final, sizes["final"])
         sample, finals = samples.cut(texts.take(job.texts.search, sizes["search"]), slices, job.tasks, job.budget)
-        shape = promising(start, statistics, trials)
         refiner, proof = refine(start, sample, finals[0], most, each, before, trials, FEW if shape else ROUNDS)
         if shape:
             start, refiner = better(start, shape, refiner, sample, finals[0], trials)
@@ -256,7 +260,7 @@ class Start:
 def promising(start: Start, statistics: Statistics, trials: Trials) -> Shape | None:
     """Another shape of the model that is likely cheaper within the budget: a narrower one, or one with a block less."""
     job, space = start.job, start.space
-    if job.objective.target or not schedule.shapes(job, trials):
+    if job.objective.target or job.model.structure or not schedule.shapes(job, trials):
         return None
     with job.stage("shapes"):
         key = [job.key, texts.digest(job.texts.calibration)]
@@ -265,9 +269,10 @@ def promising(start: Start, statistics: Statistics, trials: Trials) -> Shape | N
         nats = job.budget.nats
         usable = [shape for shape in found if shape.refused is None]
         promises = [structures.promise(space, job.graph, s.structure, s.loss, nats) for s in usable]
-    job.shapes += [shape.json() for shape in found]
     best = min(promises, default=math.inf)
-    return usable[promises.index(best)] if best < CHEAPER else None
+    chosen = usable[promises.index(best)] if best < CHEAPER else None
+    job.shapes += [{**shape.json(), "searched": shape is chosen} for shape in found]
+    return chosen
 
 
 def better(
@@ -291,23 +296,50 @@ def better(
         other.caches, most = job.caches, None  # what all of it refused, less of it will not need
     else:
         most = choose_caches(begun, statistics, each, trials)
-    best = min((t.cost for t in refiner.tried if t.fits), default=None)
-    tried, _ = refine(begun, sample, final, most, each, None, trials, most_cost=best)
-    pair = [min((t.cost for t in r.tried if t.fits), default=float("inf")) for r in (refiner, tried)]
-    loser, name = (refiner, "all of the model") if pair[1] < CHEAPER * pair[0] else (tried, shape.name)
+    tried, _ = refine(begun, sample, final, most, each, None, trials)
+    if not any(t.fits and t.allowance for t in refiner.tried):  # a few rounds were too few to say what it can do
+        with job.stage("search"):
+            refiner.search()
+    # Kept, so that a search continued proves on its slices what it began to prove.
+    asked = ["ends with", job.key, sample.digest(), asdict(job.objective), str(job.budget), job.settings.minutes]
+    with job.stage("timing candidates"):
+        share = trials.measure("schedule", asked, lambda: cheaper(job, other, refiner, tried))
+    loser, name = (refiner, "all of the model") if share < CHEAPER else (tried, shape.name)
     its = job if loser is refiner else other
     for one in loser.tried:
         told = {**document.candidate(its, one, Proof(), loser), "name": f"{one.name}, {name}"}
         job.others.append((told, one.choices))
     if loser is refiner:
-        job.say(
-            f"the search ends with {shape.name}: its best candidate's matrices are predicted to take "
-            f"{pair[1] / pair[0]:.0%} of what those of the best one with all of them do"
-        )
+        what = "bytes" if job.objective.name == "memory" else "time"
+        best = f"its best candidate takes {share:.0%} of the {what} of the model's own best" if share else NOTHING_ELSE
+        job.say(f"the search ends with {shape.name}: {best}")
         return begun, tried
     with job.stage("search"):
         refiner.search()
     return start, refiner
+
+
+def cheaper(job: Job, other: Job, refiner: Refiner, tried: Refiner) -> float:
+    """What the best candidate of another shape costs, as a share of the best one's of `job`; 0 where that has none.
+
+    Timed in turn where time is the objective: predictions of two shapes were made apart.
+    """
+    first, second = (min((t for t in r.tried if t.fits), key=lambda t: t.cost, default=None) for r in (refiner, tried))
+    if first is None or second is None:
+        return 0.0 if second else 1.0
+    if job.objective.name == "memory":
+        return second.cost / first.cost
+    _, (own,) = speed.compare(
+        (job.graph, refiner.model(first.choices)),
+        other.graph,
+        [tried.model(second.choices)],
+        objective=job.objective,
+        threads=job.threads,
+        rounds=ROUNDS_TIMED,
+        report=job.report,
+        kv_formats=(job.kv_formats[1], other.kv_formats[1]),
+    )
+    return 1 / own.gain(job.objective.name).estimate
 
 
 def choose_caches(start: Start, statistics: Statistics, each: float, trials: Trials) -> int | None:
@@ -331,7 +363,6 @@ def refine(
     before: Run | None,
     trials: Trials,
     rounds: int = ROUNDS,
-    most_cost: float | None = None,
 ) -> tuple[Refiner, Proof]:
     """Candidates measured on the search's sample, and what is known of their speeds."""
     job, space, packer = start.job, start.space, start.packer
@@ -352,7 +383,6 @@ def refine(
         job.kv_formats,
     )
     refiner = Refiner(space, judge, packer.model, Bounds(job.budget, final.sizes(job.budget)), most, [])
-    refiner.most_cost = most_cost
     later = schedule.reserve(job, each, final.tokens)
     refiner.enough_time = lambda: job.clock.left() > later + refiner.slowest
     proof = Proof()

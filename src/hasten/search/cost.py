@@ -42,15 +42,24 @@ class Site:
 
 @dataclass(frozen=True)
 class Whole:
-    """`seconds`: of the objective's phases with the original; `scale`: by format, of a matrix's time alone."""
+    """`seconds`: of the objective's phases with the original.
+
+    `scale`: by format, what a matrix takes in the model for a second alone; `own`: the same where it stays as it was.
+    """
 
     seconds: float
     scale: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
+
+    def factors(self, tensor: Tensor) -> list[float]:
+        """Of each of the tensor's choices."""
+        first, *others = names_of(tensor)
+        return [self.own.get(first, 1.0), *(self.scale.get(name, 1.0) for name in others)]
 
     def scaled(self, tensors: Sequence[Tensor], alone: Costs) -> list[list[float]]:
         """What each choice of each matrix takes in the model."""
         return [
-            [cost * self.scale.get(name, 1.0) for name, cost in zip(names_of(t), row, strict=True)]
+            [cost * factor for factor, cost in zip(self.factors(t), row, strict=True)]
             for t, row in zip(tensors, alone, strict=True)
         ]
 

@@ -16,6 +16,8 @@ from hasten.search.objective import Objective
 from hasten.search.refine import Refiner
 from hasten.search.speed import Speed
 
+LEAST = 0.01
+"""Of the original's time that a prediction says at least."""
 CLOSE = 0.05
 """A prediction this near to what was measured, relative to it, is near."""
 
@@ -39,7 +41,8 @@ class Prediction:
 
     @property
     def error(self) -> float:
-        return self.corrected / self.measured - 1
+        """Of what the search expected, before the candidate was timed."""
+        return self.expected / self.measured - 1
 
 
 def seconds(run: Run, objective: Objective) -> float:
@@ -69,7 +72,8 @@ def predictions(
     tried = [t for t in refiner.tried if t.name in runs]
     measured = {t.name: 1 / speeds[t.name].gain(objective.name).estimate for t in tried}
     took = {t.name: space.whole.seconds if space.whole else seconds(runs[t.name], objective) for t in tried}
-    expected = {t.name: 1 - (space.original_cost - t.cost) / took[t.name] for t in tried}
+    # Kernels alone may sum up to more than the whole.
+    expected = {t.name: max(1 - (space.original_cost - t.cost) / took[t.name], LEAST) for t in tried}
     found = []
     for one in tried:
         # What was timed in the same rounds has the original's run in common.

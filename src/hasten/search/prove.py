@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -99,7 +99,8 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[Sample], trials: Trials, 
             return proof
         rejected += [t.name for t in refiner.tried if t.choices == chosen.choices]
         if not attempt.holds:
-            rejected += refuse(job, refiner, chosen, attempt, number, number == len(slices))
+            left = slices[number] if number < len(slices) else None
+            rejected += refuse(job, refiner, proof, chosen, attempt, left)
     proof.reason = proof.reason or (
         f"no candidate was proven within the budget {job.budget} in {len(slices)} "
         f"attempt{'s' * (len(slices) > 1)}: more evaluation text or a larger budget may help"
@@ -107,7 +108,7 @@ def prove(job: Job, refiner: Refiner, slices: Sequence[Sample], trials: Trials, 
     return proof
 
 
-def refuse(job: Job, refiner: Refiner, chosen: Tried, attempt: Attempt, number: int, last: bool) -> list[str]:
+def refuse(job: Job, refiner: Refiner, proof: Proof, chosen: Tried, attempt: Attempt, left: Sample | None) -> list[str]:
     """Says what failed, allocates more careful candidates until one fits, and names those not worth another attempt."""
     budget, reading = refiner.bounds.worst(attempt.readings)
     job.say(
@@ -117,14 +118,21 @@ def refuse(job: Job, refiner: Refiner, chosen: Tried, attempt: Attempt, number: 
     own = refiner.bounds.estimate(chosen.readings)
     doubtful = own - 0.1 * abs(own)
     names = [t.name for t in refiner.tried if refiner.bounds.estimate(t.readings) >= doubtful]
-    if not last:
+    if left:
+        number, failed = len(proof.attempts), [t.choices for t in refiner.tried if t.name in names]
+        # By what the next attempt asks: another slice, at its own level.
+        refiner.bounds = replace(
+            refiner.bounds, final=left.sizes(job.budget), level=LEVELS[min(number, len(LEVELS) - 1)]
+        )
         allowance = chosen.allowance or job.budget.nats
         shrink = min(0.8, max(0.1, 0.9 / refiner.bounds.high(attempt.readings)))
         with job.stage("search"):
             for more in range(MORE_CAREFUL):
                 name = f"more careful {number}" + f", {more + 1}" * (more > 0)
                 one = refiner.allocated(name, allowance * shrink ** (more + 1)) if refiner.enough_time() else None
-                if one is None or one.fits:
+                if one and job.objective.target:
+                    time(job, refiner, proof, [one])
+                if one is None or (one.fits and one.choices not in failed):
                     break
     return names
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -57,13 +58,13 @@ class Reading:
         """The budget holds where even the upper end of the interval keeps it."""
         return math.isfinite(self.estimate) and self.high <= budget.limit
 
-    def careful(self, tokens: int) -> float:
-        """The upper end that another text of `tokens` tokens will stay below, nineteen times in twenty."""
+    def careful(self, tokens: int, level: float = 0.95) -> float:
+        """The upper end at `level` that another text of `tokens` tokens will stay below, nineteen times in twenty."""
         if not math.isfinite(self.high - self.low):
             return math.inf
         own = (self.high - self.low) / (2 * Z95)
         other = own * math.sqrt(self.tokens / tokens)
-        return self.estimate + Z95 * other + LIKELY * math.hypot(own, other)
+        return self.estimate + NormalDist().inv_cdf((1 + level) / 2) * other + LIKELY * math.hypot(own, other)
 
 
 Readings = tuple[Reading, ...]
@@ -76,16 +77,18 @@ class Bounds:
 
     budgets: Budgets
     final: tuple[int, ...]
+    level: float = 0.95
+    """Of the interval that will be asked for there."""
 
     def fits(self, readings: Readings) -> bool:
         """Will likely be proven within every part of the budget."""
         parts = zip(self.budgets.parts, readings, self.final, strict=True)
-        return all(math.isfinite(r.estimate) and r.careful(n) <= b.limit for b, r, n in parts)
+        return all(math.isfinite(r.estimate) and r.careful(n, self.level) <= b.limit for b, r, n in parts)
 
     def share(self, readings: Readings) -> float:
         """Of the budget, what the careful readings use up, by the part that is worst off: 1 is all of it."""
         parts = zip(self.budgets.parts, readings, self.final, strict=True)
-        return max(share(r.careful(n), b) for b, r, n in parts)
+        return max(share(r.careful(n, self.level), b) for b, r, n in parts)
 
     def estimate(self, readings: Readings) -> float:
         """The same of the estimates; without a limit, the first one itself."""

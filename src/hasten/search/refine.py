@@ -116,12 +116,10 @@ class Space:
 
     def alone(self, choices: Mapping[str, Choice]) -> float:
         """The cost by kernels timed alone, which no whole model has corrected."""
-        scale = self.whole.scale if self.whole else {}
-        rows, total = zip(self.tensors, self.costs, strict=True), 0.0
-        for tensor, row in rows:
-            choice = choices[tensor.name]
-            name = tensor.format if choice.is_original else choice.format
-            total += row[tensor.choices.index(choice)] / scale.get(name, 1.0)
+        total = 0.0
+        for tensor, row in zip(self.tensors, self.costs, strict=True):
+            place = tensor.choices.index(choices[tensor.name])
+            total += row[place] / (self.whole.factors(tensor)[place] if self.whole else 1.0)
         return total
 
     def bytes(self, choices: Mapping[str, Choice]) -> int:
@@ -146,8 +144,6 @@ class Refiner:
     tried: list[Tried]
     enough_time: Callable[[], bool] = lambda: True
     """Whether one more candidate can be measured."""
-    most_cost: float | None = None
-    """A candidate that costs as much and does not fit ends the search: what is more careful costs more."""
     slowest: float = 0.0
     """Seconds that a candidate took to measure, at most."""
 
@@ -169,8 +165,6 @@ class Refiner:
             if one is None:
                 return
             share = self.bounds.share(one.readings)
-            if self.most_cost is not None and one.cost >= self.most_cost and not one.fits:
-                return
             if one.fits:
                 fits = (allowance, share)
             else:

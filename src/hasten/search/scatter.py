@@ -56,10 +56,10 @@ def predictions(document: Json) -> str:
         parts.append(f'<path d="{line}" stroke="{ROSE}" stroke-opacity="0.6" stroke-dasharray="{dashes}" fill="none"/>')
     for p in found:
         near = abs(p["error"]) <= CLOSE
-        for key, fill in (("composed", GREY), ("expected", ROSE), ("corrected", GREEN if near else BLUE)):
+        for key, fill in (("composed", GREY), ("corrected", ROSE), ("expected", GREEN if near else BLUE)):
             hover = f"{p['name']}: {key} {p[key]:.3f}, measured {p['measured']:.3f} ({p['low']:.3f} to {p['high']:.3f})"
             parts.append(dot(x(p[key]), y(p["measured"]), fill, hover))
-    label = "predicted: grey of kernels alone, red by whole models before, green or blue by others in the same rounds"
+    label = "predicted: grey of kernels alone; green or blue by whole models before; red by others of the same rounds"
     parts.append(text((LEFT + width - RIGHT) / 2, height - 12, label, anchor="middle", size=11))
     what = f"measured time, as a share of the original's; dashed: {CLOSE:.0%} off"
     return svg("Times predicted and measured", what, width, height, parts)

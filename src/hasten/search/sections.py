@@ -10,6 +10,7 @@ from hasten.search import batches, scatter, table
 from hasten.search.predict import CLOSE
 
 Json = dict[str, Any]
+NOT_CHEAPER = "searched as well; nothing cheaper came of it"
 TWINS = "int8-g64 everywhere"
 """A candidate that every search measures, and that loses next to nothing by its format."""
 
@@ -102,7 +103,7 @@ def shapes(document: Json) -> Section:
             "" if one["loss"] is None else f"{one['loss']:.4f}",
             "the search ends with it"
             if one["name"] == ended
-            else one["refused"] or "worth a look; nothing cheaper came of it",
+            else one["refused"] or (NOT_CHEAPER if one.get("searched") else "it promises nothing cheaper"),
         )
         for one in document["shapes"]
     ]
@@ -170,12 +171,12 @@ def predicted(document: Json) -> Section:
     ]
     head = ("", "composed", "expected", "corrected", "measured (95% interval)", "error")
     near = sum(abs(one["error"]) <= CLOSE for one in found)
-    before = sum(abs(one["expected"] / one["measured"] - 1) <= CLOSE for one in found)
+    moved = sum(abs(one["corrected"] / one["measured"] - 1) <= CLOSE for one in found)
     note = (
         f"Time as a share of the original's in the same rounds. Composed: the original's step less its matrices, plus "
-        f"the candidate's, each timed alone. Expected: corrected by whole models in one format each, timed before; "
-        f"{before} of {len(found)} are within {CLOSE:.0%}. Corrected: as far as the other candidates of the same "
-        f"rounds have moved, for the machine's state changes what is how much faster; {near} of {len(found)} are "
-        f"within {CLOSE:.0%}, which the error is of."
+        f"the candidate's, each timed alone. Expected: corrected by whole models in one format each, timed before; the "
+        f"error is of this, and {near} of {len(found)} are within {CLOSE:.0%}. Corrected: as far as the other "
+        f"candidates of the same rounds moved, known only then, for the machine's state changes how much faster "
+        f"anything is; {moved} of {len(found)} are within {CLOSE:.0%}."
     )
     return Section("Times predicted and measured", head, rows, note, (scatter.predictions(document),) if found else ())

@@ -7,9 +7,9 @@
 
 Each is made on the first part of the calibration text and measured whole on the rest: KL(original || shape) in nats a
 token, in the model's own formats. A shape is worth exploring where its loss leaves room for packing within the budget,
-and where its matrices, all in one format that a search would take, are multiplied in less time than the original's (or
-take fewer bytes, where memory is the objective). Measurements are kept in `trials`; weights are made again when asked
-for, the same each time.
+and where its matrices, all in one format that a search would take, cost less than the original's: time, or bytes where
+memory is the objective; a narrower matrix costs its share. Measurements are kept in `trials`; weights are made again
+when asked for, the same each time.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ USED = 0.8
 ELSEWHERE = 2.5
 """Times that a nat of a shape's divergence weighs what one of packing does: fitted to the calibration text, a shape
 loses half as much again in perplexity elsewhere, where packed matrices lose less than they diverge. Of two models."""
+SHARE = 0.25
+"""Of the time left, that measuring shapes may take."""
 FASTER = 0.98
 """Of the original's time, at most: less is not worth the loss."""
 TYPICAL = ("int4-g64", "int8-g64")
@@ -138,12 +140,15 @@ def candidates(
     if job.model.structure:  # its maker chose it
         return []
     found = []
-    for done, (name, recipe) in enumerate(recipes.items()):
+    least = (1 - SHARE) * job.clock.left() if job.clock.limited else -math.inf
+    if widths and space:
+        found += _narrower(job, widths, space, trials, least)
+    for done, (name, recipe) in enumerate(recipes.items(), MOST_NARROWED):
         job.report("shapes", done, len(recipes) + MOST_NARROWED)
+        if job.clock.left() < least:
+            break
         if shape := _shape(job, name, recipe, trials):
             found.append(shape)
-    if widths and space:
-        found += _narrower(job, widths, space, trials)
     job.report("shapes", len(recipes) + MOST_NARROWED, len(recipes) + MOST_NARROWED)
     return sorted(found, key=lambda s: (s.refused is not None, s.cost))
 
@@ -162,19 +167,22 @@ def _shape(job: Job, name: str, recipe: Mapping[str, Any], trials: Trials) -> Sh
     return Shape(name, recipe, structure, loss, share, figures["parameters"], _refusal(job, loss, share), job)
 
 
-def _narrower(job: Job, widths: Widths, space: Space, trials: Trials) -> list[Shape]:
-    """Feed-forwards of the share that promises the most; what one loses says which to measure next."""
+def _narrower(job: Job, widths: Widths, space: Space, trials: Trials, least: float) -> list[Shape]:
+    """Feed-forwards of the share that promises the most; what one loses says which to measure next.
+
+    `least`: seconds that must be left.
+    """
     found: dict[float, Shape | None] = {}
     times = OPTIMISM
     for _ in range(MOST_NARROWED):
 
         def promised(level: float) -> float:
             keep = widths.keep(level)
-            structure = Structure(narrowed={block: Narrow(feed_forward=kept) for block, kept in enumerate(keep)})
+            structure = Structure(narrowed={b: Narrow(feed_forward=kept) for b, kept in widths.narrowed(keep).items()})
             return promise(space, job.graph, structure, times * widths.loss(keep), job.budget.nats)  # noqa: B023
 
         level = min(LEVELS, key=promised)
-        if level in found or not promised(level) < 1:
+        if level in found or not promised(level) < 1 or job.clock.left() < least:
             break
         keep = widths.keep(level)
         found[level] = shape = _shape(job, f"feed-forwards of {level:.0%}, by block", widths.recipe(keep), trials)

@@ -22,7 +22,7 @@ from hasten.compress.structures import channels, checked
 from hasten.errors import ConfigError
 from hasten.graph.graph import Graph
 from hasten.graph.sites import feed_forward_site
-from hasten.search.refine import Space
+from hasten.search.refine import NEVER, Space
 from hasten.search.trials import Json, Trials
 
 UNIT = 32
@@ -33,8 +33,9 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Widths:
-    """`full`: of each block; `losses[b][k]`: nats a token with `units[b] * k` channels fewer in block b."""
+    """Of `blocks`: `full` widths; with k times `units[b]` channels fewer the b-th loses `losses[b][k]` nats a token."""
 
+    blocks: tuple[int, ...]
     full: tuple[int, ...]
     units: tuple[int, ...]
     losses: tuple[tuple[float, ...], ...]
@@ -59,32 +60,37 @@ class Widths:
         rows = zip(self.full, keep, self.units, self.losses, strict=True)
         return sum(row[(full - kept) // unit] for full, kept, unit, row in rows)
 
+    def narrowed(self, keep: Sequence[int]) -> dict[int, int]:
+        """Block -> its width, of those that are narrower than they were."""
+        return {b: k for b, k, full in zip(self.blocks, keep, self.full, strict=True) if k < full}
+
     def recipe(self, keep: Sequence[int]) -> dict[str, Any]:
         """As a recipe's `structure` says it."""
-        rules = [
-            {"keep": k, "blocks": [b]} for b, (k, full) in enumerate(zip(keep, self.full, strict=True)) if k < full
-        ]
-        return {"feed_forward": rules}
+        return {"feed_forward": [{"keep": k, "blocks": [b]} for b, k in self.narrowed(keep).items()]}
 
 
 def find(
     graph: Graph, statistics: Statistics, space: Space, packer: Packer, trials: Trials, key: Json, report: Report
 ) -> Widths | None:
-    """None where a block has no channels that could go, or nothing is known of what its output is worth."""
+    """None where no block has channels that could go and an output whose worth is known."""
     tensors = dict(zip((t.name for t in space.tensors), zip(space.tensors, space.losses, strict=True), strict=True))
-    full, units, losses = [], [], []
+    blocks: list[int] = []
+    full: list[int] = []
+    units: list[int] = []
+    losses: list[tuple[float, ...]] = []
     for block in range(len(graph.blocks)):
         report("widths", block, len(graph.blocks))
         try:
             name = feed_forward_site(graph, block).output.weights[0]
         except ConfigError:
-            return None
+            continue
         tensor, row = tensors[name]
-        moments = statistics.inputs(name)
-        known = [(loss, c) for loss, c in zip(row, tensor.choices, strict=True) if not c.is_original and 0 < loss < 1e9]
-        if moments is None or moments.hessian is None or not known:
-            return None
-        width = tensor.shape[1]
+        moments, width = statistics.inputs(name), tensor.shape[1]
+        known = [(loss, c) for loss, c in zip(row, tensor.choices, strict=True) if not c.is_original and loss < NEVER]
+        blocks.append(block)
+        if moments is None or moments.hessian is None or not known:  # it stays as it is
+            full, units, losses = [*full, width], [*units, width], [*losses, (0.0,)]
+            continue
         unit = UNIT * max(1, -(-width // (UNIT * STEPS)))
         loss, choice = max(known, key=lambda one: one[0])
         make = partial(_curve, packer, name, np.asarray(moments.hessian, np.float64), unit, choice, loss)
@@ -92,7 +98,9 @@ def find(
         units.append(unit)
         losses.append(tuple(trials.measure("widths", [key, name, unit, asdict(choice), loss], make)))
     report("widths", len(graph.blocks), len(graph.blocks))
-    return Widths(tuple(full), tuple(units), tuple(losses))
+    if all(len(row) == 1 for row in losses):
+        return None
+    return Widths(tuple(blocks), tuple(full), tuple(units), tuple(losses))
 
 
 def _curve(packer: Packer, name: str, hessian: np.ndarray, unit: int, choice: Choice, loss: float) -> list[float]:
