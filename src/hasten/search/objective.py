@@ -19,7 +19,7 @@ BATCH = 16
 """Of throughput, where none is given."""
 _LENGTHS = re.compile(r"(\d{1,8}):(\d{1,8})", re.ASCII)
 _TARGET = re.compile(r"(\w+)\s*=\s*(\d+(?:\.\d*)?|\.\d+)\s*(?:tok(?:ens)?/s)", re.ASCII | re.IGNORECASE)
-TARGET_HINT = "write decode=50tok/s or prefill=2000tok/s"
+TARGET_HINT = "write decode=50tok/s, prefill=2000tok/s or throughput=200tok/s"
 
 
 @dataclass(frozen=True)

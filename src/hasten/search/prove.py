@@ -225,7 +225,8 @@ def fastest(job: Job, refiner: Refiner, proof: Proof, rejected: Sequence[str]) -
     if fitting and not faster:
         best = max(gains.values(), key=lambda g: g.estimate)
         proof.reason = slower(job, best)
-    return max(faster, key=lambda t: gains[t.name].estimate, default=None)
+    # The greatest gain that is certain: where timing says little, an estimate is luck.
+    return max(faster, key=lambda t: gains[t.name].low, default=None)
 
 
 def time(job: Job, refiner: Refiner, proof: Proof, candidates: Sequence[Tried]) -> None:
@@ -253,8 +254,9 @@ def most_faithful(job: Job, proof: Proof, fitting: Sequence[Tried]) -> Tried | N
 
 
 def why_not(job: Job, refiner: Refiner) -> str:
+    better = "smaller" if job.objective.name == "memory" else "faster"
     if not refiner.tried:
-        return f"nothing is faster within the budget {job.budget}: no format is both faster and accurate enough"
+        return f"nothing is {better} within the budget {job.budget}: no format is both {better} and accurate enough"
     within = [t for t in refiner.tried if refiner.bounds.fits(t.readings)]
     if refiner.most_bytes is not None and within and not any(t.fits for t in within):
         least = min(t.bytes for t in within) - refiner.most_bytes + (job.objective.cap or 0)
@@ -265,8 +267,8 @@ def why_not(job: Job, refiner: Refiner) -> str:
     closest = min(refiner.tried, key=lambda t: refiner.bounds.share(t.readings))
     budget, reading = refiner.bounds.worst(closest.readings)
     found = (
-        f"the most careful candidate measured is at {budget.show(reading.estimate)} (95% interval "
-        f"{budget.show(reading.low)} to {budget.show(reading.high)} on {reading.tokens} "
+        f"the candidate measured that comes closest is at {budget.show(reading.estimate)} ({budget.what}; 95% "
+        f"interval {budget.show(reading.low)} to {budget.show(reading.high)} on {reading.tokens} "
         f"{'questions' if budget.file else 'tokens'})"
     )
     if refiner.most_bytes is not None:
@@ -275,7 +277,7 @@ def why_not(job: Job, refiner: Refiner) -> str:
             f"nothing keeps both the budget {job.budget} and the memory cap of {size(job.objective.cap or 0)}: {found}"
             f", and takes {size(least)}"
         )
-    return f"nothing is faster within the budget {job.budget}: {found}"
+    return f"nothing is {better} within the budget {job.budget}: {found}"
 
 
 def evaluate(job: Job, refiner: Refiner, chosen: Tried, sample: Sample, number: int) -> dict[str, Any]:

@@ -172,11 +172,12 @@ def predicted(document: Json) -> Section:
     head = ("", "composed", "expected", "corrected", "measured (95% interval)", "error")
     near = sum(abs(one["error"]) <= CLOSE for one in found)
     moved = sum(abs(one["corrected"] / one["measured"] - 1) <= CLOSE for one in found)
+    known = "" if any(one["expected"] != one["composed"] for one in found) else " (there was no time for these)"
     note = (
         f"Time as a share of the original's in the same rounds. Composed: the original's step less its matrices, plus "
-        f"the candidate's, each timed alone. Expected: corrected by whole models in one format each, timed before; the "
-        f"error is of this, and {near} of {len(found)} are within {CLOSE:.0%}. Corrected: as far as the other "
-        f"candidates of the same rounds moved, known only then, for the machine's state changes how much faster "
+        f"the candidate's, each timed alone. Expected: corrected by whole models in one format each, timed before"
+        f"{known}; the error is of this, and {near} of {len(found)} are within {CLOSE:.0%}. Corrected: as far as the "
+        f"other candidates of the same rounds moved, known only then, for the machine's state changes how much faster "
         f"anything is; {moved} of {len(found)} are within {CLOSE:.0%}."
     )
     return Section("Times predicted and measured", head, rows, note, (scatter.predictions(document),) if found else ())
