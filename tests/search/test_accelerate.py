@@ -27,7 +27,7 @@ from hasten.cli.main import main
 from hasten.errors import InputError, MemoryLimitError, OutputError
 from hasten.evaluate import perplexity
 from hasten.search import accelerate as flow
-from hasten.search import job, quality, sections, speed, texts, trials
+from hasten.search import job, plots, quality, sections, speed, texts, trials
 from hasten.search.accelerate import Outcome, accelerate
 from hasten.search.job import Settings
 from hasten.search.samples import Sample
@@ -181,6 +181,7 @@ def test_it_may_end_with_another_shape(files, tmp_path) -> None:
     own = next(c for c in document["candidates"] if c["name"] == "int8-g64 everywhere")
     twin = next(c for c in document["others"] if c["name"] == "int8-g64 everywhere, all of the model")
     row = next(row for row in sections.contributions(document).rows if row[0] == name)
+    assert plots._original(document, "bytes") == 4 * sum(m.shape[0] * m.shape[1] for m in original.graph.matrices())
     assert row[2] == f"{(twin['bytes'] - own['bytes']) / 1e6:,.2f} MB"
     assert twin["bytes"] > own["bytes"]
     recipe = yaml.safe_load((outcome.output / "recipe.yaml").read_text())

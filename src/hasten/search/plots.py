@@ -99,7 +99,11 @@ def _cost_unit(document: Json) -> tuple[str, float]:
 def _original(document: Json, axis: str) -> float:
     if axis == "cost" and document["candidates"]:
         return float(document["candidates"][0]["cost_of_original"])
-    return sum(t["choices"][0].get("bytes", 0) for t in document["tensors"]) if axis == "bytes" else 0.0
+    if axis != "bytes":
+        return 0.0
+    if document["before"]:  # the tensors may be those of another shape
+        return float(document["before"]["matrix_bytes"])
+    return sum(t["choices"][0].get("bytes", 0) for t in document["tensors"])
 
 
 def dot(x: float, y: float, fill: str, hover: str) -> str:

@@ -257,6 +257,7 @@ figure { margin: 0; overflow-x: auto; } svg { display: block; max-width: 100%; h
 .wide svg { max-width: none; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td:last-child { white-space: normal; }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
 tbody tr:last-child td { border-bottom: 0; }
 .note { color: var(--soft); margin: 12px 0 0; } ul { margin: 0; padding-left: 20px; }
