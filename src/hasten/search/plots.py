@@ -103,7 +103,7 @@ def _original(document: Json, axis: str) -> float:
         return 0.0
     if document["before"]:  # the tensors may be those of another shape
         return float(document["before"]["matrix_bytes"])
-    return sum(t["choices"][0].get("bytes", 0) for t in document["tensors"])
+    return float(sum(t["choices"][0].get("bytes", 0) for t in document["tensors"]))
 
 
 def dot(x: float, y: float, fill: str, hover: str) -> str:
