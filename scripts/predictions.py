@@ -20,7 +20,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from hasten import formats
 from hasten.search import cost, predict, prove, scatter, whole
 from hasten.search.candidates import tensors
 from hasten.search.job import CONTENDERS, Settings, prepare
@@ -62,7 +61,7 @@ def main() -> int:
     runs, speeds = {}, {}
     for start in range(0, len(tried), CONTENDERS):
         some = tried[start : start + CONTENDERS]
-        run, timed = prove.timed(job, [packed(job, one.choices) for one in some], ROUNDS)
+        run, timed = prove.timed(job, [whole.rounded(job, formats_of(one.choices)) for one in some], ROUNDS)
         runs |= {one.name: run for one in some}
         speeds |= {one.name: own for one, own in zip(some, timed, strict=True)}
     refiner = SimpleNamespace(space=space, tried=tried)
@@ -80,10 +79,8 @@ def main() -> int:
     return 0
 
 
-def packed(job, choices):
-    """Nearest rounding will do: a method changes no time."""
-    made = {n: formats.get(c.format).pack(job.model.tensor(n)) for n, c in choices.items() if not c.is_original}
-    return {**job.original, **made}
+def formats_of(choices):
+    return {name: c.format for name, c in choices.items() if not c.is_original}
 
 
 if __name__ == "__main__":

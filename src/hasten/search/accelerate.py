@@ -242,9 +242,8 @@ def explore(
         )
     losses = sensitivity.estimate(found, measured, errors)
     costs = known.scaled(found, costs) if known else costs
-    return Space(
-        found, costs, [[losses[t.name, c] for c in t.choices] for t in found], before=before, whole=known
-    ), times
+    rows = [[losses[t.name, c] for c in t.choices] for t in found]
+    return Space(found, costs, rows, before=before, whole=known), times
 
 
 @dataclass(frozen=True)
@@ -301,7 +300,8 @@ def better(
         with job.stage("search"):
             refiner.search()
     # Kept, so that a search continued proves on its slices what it began to prove.
-    asked = ["ends with", job.key, sample.digest(), asdict(job.objective), str(job.budget), job.settings.minutes]
+    texts_used = [sample.digest(), texts.digest(job.texts.calibration)]
+    asked = ["ends with", job.key, *texts_used, asdict(job.objective), str(job.budget), job.settings.minutes]
     with job.stage("timing candidates"):
         share = trials.measure("schedule", asked, lambda: cheaper(job, other, refiner, tried))
     loser, name = (refiner, "all of the model") if share < CHEAPER else (tried, shape.name)

@@ -85,8 +85,3 @@ def predictions(
             Prediction(one.name, composed, known, known * state, measured[one.name], 1 / gain.high, 1 / gain.low)
         )
     return found
-
-
-def near(found: list[Prediction]) -> float | None:
-    """The share of predictions that are near what was measured."""
-    return sum(abs(p.error) <= CLOSE for p in found) / len(found) if found else None

@@ -54,7 +54,7 @@ def contributions(document: Json) -> Section:
                 _difference(part, nearest, whole) if one["nearest"] else "",
             )
         )
-    if shape := shapes_part(document, part):
+    if shape := _shapes_part(document, part):
         rows.insert(0, shape)
     head = ("", "matrices", "bytes saved", "microseconds saved (predicted)", "loss caused", "loss saved by the method")
     note = (
@@ -67,7 +67,7 @@ def contributions(document: Json) -> Section:
     return Section("What bought what", head, rows, note)
 
 
-def shapes_part(document: Json, part: Json) -> tuple[str, ...] | None:
+def _shapes_part(document: Json, part: Json) -> tuple[str, ...] | None:
     """What another shape alone bought: the same format everywhere with and without it, measured on the same text."""
     own = next((c for c in document["candidates"] if c["name"] == TWINS), None)
     twin = next((c for c in document["others"] if c["name"].startswith(f"{TWINS}, ")), None)

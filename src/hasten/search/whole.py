@@ -42,9 +42,10 @@ def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials, b
 
     `before`: of the model that was given, where this is another shape of it.
     """
-    key = [job.key, job.kernels, asdict(job.objective), job.threads]
+    facts = [job.kernels, asdict(job.objective), job.threads]
+    key = [job.key, *facts]
     known = before.whole if before else None
-    seconds, prompts = trials.measure("whole", key, partial(original, job))
+    seconds, prompts = trials.measure("whole", [job.given_key, *facts], partial(original, job))  # once for all shapes
     whole = known or Whole(seconds)
     names = sorted({name for t in tensors if t.linears for name in names_of(t)[1:]})
     if not names or (known and not known.scale):  # nothing to time, or nothing of the same kind to compare it with
@@ -71,9 +72,8 @@ def measure(job: Job, tensors: Sequence[Tensor], alone: Costs, trials: Trials, b
 def original(job: Job) -> tuple[float, float]:
     """Seconds of the objective's phases, and of a round's prompts."""
     run, _ = prove.timed(job, [], ROUNDS)
-    return predict.seconds(
-        run, job.objective
-    ), job.objective.batch * job.objective.prompt / run.prefill_tokens_per_second
+    prompts = job.objective.batch * job.objective.prompt / run.prefill_tokens_per_second
+    return predict.seconds(run, job.objective), prompts
 
 
 def together(job: Job) -> int:
@@ -109,16 +109,17 @@ def _new(job: Job, seconds: float, prompts: float, formats: int) -> int:
 
 
 def _uniform(job: Job, tensors: Sequence[Tensor], name: str) -> Callable[[], Weights]:
-    """Every matrix that has the choice in one format. Nearest rounding will do: a method changes no time."""
+    """Every matrix that has the choice in one format."""
+    chosen = {t.name: name for t in tensors if t.linears and name in names_of(t)[1:]}
+    return lambda: rounded(job, chosen)
 
-    def make() -> Weights:
-        format, weights = formats.get(name), dict(job.original)
-        for tensor in tensors:
-            if tensor.linears and name in names_of(tensor)[1:]:
-                weights[tensor.name] = format.pack(job.model.tensor(tensor.name))
-        return weights
 
-    return make
+def rounded(job: Job, chosen: Mapping[str, str]) -> Weights:
+    """The model with matrices in the formats `chosen`, to be timed: nearest rounding will do, a method changes no time.
+
+    Raises FormatError where a format cannot hold a matrix.
+    """
+    return {**job.original, **{n: formats.get(f).pack(job.model.tensor(n)) for n, f in chosen.items()}}
 
 
 def fit(tensors: Sequence[Tensor], alone: Costs, seconds: float, shares: Mapping[str, float]) -> Whole:

@@ -72,7 +72,10 @@ class Widths:
 def find(
     graph: Graph, statistics: Statistics, space: Space, packer: Packer, trials: Trials, key: Json, report: Report
 ) -> Widths | None:
-    """None where no block has channels that could go and an output whose worth is known."""
+    """None where no block has channels that could go and an output whose worth is known.
+
+    Raises InputError where a block's second moments are none.
+    """
     tensors = dict(zip((t.name for t in space.tensors), zip(space.tensors, space.losses, strict=True), strict=True))
     blocks: list[int] = []
     full: list[int] = []
