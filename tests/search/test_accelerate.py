@@ -160,7 +160,11 @@ def test_it_may_end_with_another_shape(files, tmp_path) -> None:
         values[:, rng.choice(256, dead, replace=False)] = 0
     (folder / "model.safetensors").unlink()
     safetensors.write(folder / "model.safetensors", arrays)
-    outcome, notes = run(settings((folder, files[1]), tmp_path / "fast", budget="kl=0.05", objective="memory"))
+    aim = {"budget": "kl=0.05", "objective": "memory"}
+    kept, _ = run(settings((folder, files[1]), tmp_path / "kept", **aim, keep_shape=True))
+    assert kept.document["shape"] is None
+    assert kept.document["shapes"] == []
+    outcome, notes = run(settings((folder, files[1]), tmp_path / "fast", **aim))
     document = outcome.document
     assert outcome.output is not None, outcome.reason
     assert document["shape"], document["shapes"]

@@ -50,6 +50,7 @@ class Options:
     peers: Path | None = option(
         None, help="report.json of `hasten bench --against`, whose engines the report shows beside", metavar="FILE"
     )
+    keep_shape: bool = option(False, help="no narrower feed-forwards, no block less: for formats that cannot say them")
     keep_work: bool = option(False, help="keep the folder OUT.work with all measurements")
     json: bool = option(False, help="print everything found as JSON")
 
@@ -69,6 +70,7 @@ def run(options: Options) -> int:
         threads=options.threads,
         minutes=options.minutes or None,
         keep_work=options.keep_work,
+        keep_shape=options.keep_shape,
         batch=options.batch,
         lengths=options.lengths,
         trace=options.trace,

@@ -259,7 +259,7 @@ class Start:
 def promising(start: Start, statistics: Statistics, trials: Trials) -> Shape | None:
     """Another shape of the model that is likely cheaper within the budget: a narrower one, or one with a block less."""
     job, space = start.job, start.space
-    if job.objective.target or job.model.structure or not schedule.shapes(job, trials):
+    if job.settings.keep_shape or job.objective.target or job.model.structure or not schedule.shapes(job, trials):
         return None
     with job.stage("shapes"):
         key = [job.key, texts.digest(job.texts.calibration)]

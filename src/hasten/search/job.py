@@ -58,6 +58,8 @@ class Settings:
     minutes: float | None = None
     """For all of it."""
     keep_work: bool = False
+    keep_shape: bool = False
+    """Look at no other shape of the model: GGUF and compressed-tensors cannot say one."""
     batch: int | None = None
     lengths: str | None = None
     """PROMPT:NEW"""
