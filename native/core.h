@@ -170,6 +170,25 @@ struct SweepArgs {
   float* error;            // [rows]: sum of weights * (values + moved - made)^2
 };
 
+// What outer_pack sees of tokens [tokens, columns], and their codes for outer_add (isa/outer.h).
+inline constexpr int64_t kOuterTokens = 256;     // at most
+struct OuterPackArgs {
+  int64_t tokens, columns;
+  const float* x;
+  double* squares;         // [columns] sums over the tokens
+  float* magnitudes;       // [columns] sums of sizes
+  float* peaks;            // [columns] largest sizes
+  int16_t* codes;          // a chunk of those that outer_add takes; or null
+  int64_t stride;          // from one panel's codes to the next's
+  float* scales;           // [panels * 16] of the codes
+};
+struct OuterAddArgs {
+  int64_t chunks, columns, panel0, panel1;
+  const int16_t* codes;    // [panels of 16 columns][chunks][kOuterTokens / 2][16][2]
+  const float* scales;     // [chunks][panels * 16]
+  float* into;             // [columns][columns]
+};
+
 struct Kernels {
   const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
@@ -214,6 +233,8 @@ struct Kernels {
   int64_t (*argmax)(const float* logits, int64_t n);                 // lowest index among equals
   void (*masses)(const float* logits, float top, float factor, int64_t n, float* out);   // e^((logit - top) * factor)
   void (*sweep)(const SweepArgs& a);
+  void (*outer_pack)(const OuterPackArgs& a);
+  void (*outer_add)(const OuterAddArgs& a);
 };
 
 const Kernels* scalar_kernels();

@@ -7,6 +7,7 @@
 #include "isa/simd_math.h"
 #include "isa/attention.h"
 #include "isa/compress.h"
+#include "isa/outer.h"
 
 namespace hasten {
 namespace {
@@ -205,6 +206,8 @@ void fill_ops(Kernels& k) {
   k.argmax = ops::argmax;
   k.masses = ops::masses;
   k.sweep = ops::sweep;
+  k.outer_pack = ops::outer_pack;
+  k.outer_add = ops::outer_add;
 }
 
 }  // namespace

@@ -149,6 +149,24 @@ HASTEN_INLINE float largest(V a) {
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
+// Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
+inline constexpr int kOuterRows = 4;
+struct I { __m256i lo, hi; };
+HASTEN_INLINE I no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+HASTEN_INLINE I load_pairs(const int16_t* p) {
+  const __m256i* wide = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(wide), _mm256_loadu_si256(wide + 1)};
+}
+HASTEN_INLINE I set_pair(const int16_t* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
+}
+HASTEN_INLINE I add_products(I sum, I a, I b) {
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
+HASTEN_INLINE V floats(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+
 // Quarter i of the lanes as doubles.
 template <int i>
 HASTEN_INLINE __m256d quarter(V a) {
@@ -169,6 +187,11 @@ HASTEN_INLINE __m256d difference(__m256d s, V w, V a, V b) {
 HASTEN_INLINE D accumulate_difference(D s, V w, V a, V b) {
   return {{difference<0>(s.part[0], w, a, b), difference<1>(s.part[1], w, a, b), difference<2>(s.part[2], w, a, b),
            difference<3>(s.part[3], w, a, b)}};
+}
+HASTEN_INLINE void store(double* p, D s, int64_t n) {
+  double full[kLanes];
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(full + 4 * i, s.part[i]);
+  memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
 HASTEN_INLINE double sum(D s) {
   double parts[4];

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cstring>
+
 #include "core.h"
 
 #define HASTEN_INLINE inline __attribute__((always_inline))
@@ -124,9 +126,28 @@ HASTEN_INLINE float largest(V a) {
 // Sixteen double accumulators.
 HASTEN_INLINE __m512d low_half(V a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
 HASTEN_INLINE __m512d high_half(V a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
+// Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
+inline constexpr int kOuterRows = 8;
+struct I { __m512i v; };
+HASTEN_INLINE I no_pairs() { return {_mm512_setzero_si512()}; }
+HASTEN_INLINE I load_pairs(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+HASTEN_INLINE I set_pair(const int16_t* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_epi32(pair)};
+}
+HASTEN_INLINE I add_products(I sum, I a, I b) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))}; }
+HASTEN_INLINE V floats(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
 HASTEN_INLINE D zero_double() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 HASTEN_INLINE D accumulate(D s, V x) { return {_mm512_add_pd(s.lo, low_half(x)), _mm512_add_pd(s.hi, high_half(x))}; }
 // s + w * (a - b) in double.
+HASTEN_INLINE void store(double* p, D s, int64_t n) {
+  double full[kLanes];
+  _mm512_storeu_pd(full, s.lo);
+  _mm512_storeu_pd(full + 8, s.hi);
+  memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
+}
 HASTEN_INLINE D accumulate_difference(D s, V w, V a, V b) {
   return {_mm512_fmadd_pd(low_half(w), _mm512_sub_pd(low_half(a), low_half(b)), s.lo),
           _mm512_fmadd_pd(high_half(w), _mm512_sub_pd(high_half(a), high_half(b)), s.hi)};

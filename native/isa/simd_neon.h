@@ -161,6 +161,30 @@ HASTEN_INLINE float largest(V a) {
 HASTEN_INLINE float64x2_t pair(V a, int i) {
   return i % 2 ? vcvt_high_f64_f32(a.part[i / 2]) : vcvt_f64_f32(vget_low_f32(a.part[i / 2]));
 }
+// Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
+inline constexpr int kOuterRows = 4;
+struct I { int32x4_t part[4]; };
+HASTEN_INLINE I no_pairs() { return {{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+HASTEN_INLINE int32x4_t four_pairs(const int16_t* p) { return vreinterpretq_s32_s16(vld1q_s16(p)); }
+HASTEN_INLINE I load_pairs(const int16_t* p) {
+  return {{four_pairs(p), four_pairs(p + 8), four_pairs(p + 16), four_pairs(p + 24)}};
+}
+HASTEN_INLINE I set_pair(const int16_t* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  const int32x4_t four = vdupq_n_s32(pair);
+  return {{four, four, four, four}};
+}
+HASTEN_INLINE int32x4_t add_four(int32x4_t sum, int32x4_t a, int32x4_t b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a), y = vreinterpretq_s16_s32(b);
+  return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)));
+}
+HASTEN_INLINE I add_products(I sum, I a, I b) {
+  for (int i = 0; i < 4; ++i) sum.part[i] = add_four(sum.part[i], a.part[i], b.part[i]);
+  return sum;
+}
+HASTEN_INLINE V floats(I a) { return each([=](int i) { return vcvtq_f32_s32(a.part[i]); }); }
+
 HASTEN_INLINE D zero_double() {
   D s;
   for (int i = 0; i < 8; ++i) s.part[i] = vdupq_n_f64(0.0);
@@ -169,6 +193,11 @@ HASTEN_INLINE D zero_double() {
 HASTEN_INLINE D accumulate(D s, V x) {
   for (int i = 0; i < 8; ++i) s.part[i] = vaddq_f64(s.part[i], pair(x, i));
   return s;
+}
+HASTEN_INLINE void store(double* p, D s, int64_t n) {
+  double full[kLanes];
+  for (int i = 0; i < 8; ++i) vst1q_f64(full + 2 * i, s.part[i]);
+  memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
 HASTEN_INLINE D accumulate_difference(D s, V w, V a, V b) {
   for (int i = 0; i < 8; ++i) s.part[i] = vfmaq_f64(s.part[i], pair(w, i), vsubq_f64(pair(a, i), pair(b, i)));

@@ -152,6 +152,33 @@ HASTEN_INLINE float largest(V a) {
   return most;
 }
 
+// Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
+inline constexpr int kOuterRows = 1;
+struct I { int32_t lane[kLanes]; };
+HASTEN_INLINE I no_pairs() { return {}; }
+HASTEN_INLINE I load_pairs(const int16_t* p) {
+  I found;
+  memcpy(&found, p, sizeof found);
+  return found;
+}
+HASTEN_INLINE I set_pair(const int16_t* p) {
+  I found;
+  for (int32_t& lane : found.lane) memcpy(&lane, p, sizeof lane);
+  return found;
+}
+HASTEN_INLINE I add_products(I sum, I a, I b) {
+  int16_t x[2 * kLanes], y[2 * kLanes];
+  memcpy(x, &a, sizeof x);
+  memcpy(y, &b, sizeof y);
+  for (int i = 0; i < kLanes; ++i) sum.lane[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+HASTEN_INLINE V floats(I a) {
+  float wide[kLanes];
+  for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<float>(a.lane[i]);
+  return load(wide);
+}
+
 HASTEN_INLINE D zero_double() { return D{}; }
 HASTEN_INLINE D accumulate(D s, V x) {
   for (int i = 0; i < 8; ++i)
@@ -161,6 +188,7 @@ HASTEN_INLINE D accumulate(D s, V x) {
 HASTEN_INLINE Double2 pair(V a, int i) {
   return Double2{static_cast<double>(a.part[i / 2][i % 2 * 2]), static_cast<double>(a.part[i / 2][i % 2 * 2 + 1])};
 }
+HASTEN_INLINE void store(double* p, D s, int64_t n) { memcpy(p, &s, static_cast<size_t>(n) * sizeof *p); }
 HASTEN_INLINE D accumulate_difference(D s, V w, V a, V b) {
   for (int i = 0; i < 8; ++i) s.part[i] += pair(w, i) * (pair(a, i) - pair(b, i));
   return s;

@@ -74,5 +74,6 @@ def test_statistics_survive_the_disk(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_named() -> None:
     gatherer = Gatherer({"v": ["some.weight"]})
+    gatherer.add("v", np.array([[1.0, np.inf]], np.float32))
     with pytest.raises(CheckpointError, match=r"what flows into 'some\.weight' holds a NaN or an infinity"):
-        gatherer.add("v", np.array([[1.0, np.inf]], np.float32))
+        gatherer.found()

@@ -44,7 +44,9 @@ def same(first, second) -> bool:
     )
 
 
-def test_what_was_stopped_goes_on_and_ends_the_same(made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [1, stream.KEPT])
+def test_what_was_stopped_goes_on_and_ends_the_same(made, tmp_path: Path, monkeypatch, kept: int) -> None:
+    monkeypatch.setattr(stream, "KEPT", kept)  # of more blocks than there are: they are gone through again
     one = task(made)
     undisturbed = stream.compress(one, tmp_path / "a")
     for stop in range(3):
@@ -57,12 +59,12 @@ def test_what_was_stopped_goes_on_and_ends_the_same(made, tmp_path: Path) -> Non
 
         with pytest.raises(KeyboardInterrupt):
             stream.compress(one, tmp_path / f"b{stop}", report)
-        kept = sorted(p.name for p in (tmp_path / f"b{stop}").glob("section-*"))
-        assert len(kept) == stop
-        times = [(tmp_path / f"b{stop}" / name).stat().st_mtime_ns for name in kept]
+        sections = sorted(p.name for p in (tmp_path / f"b{stop}").glob("section-*"))
+        assert len(sections) == stop
+        times = [(tmp_path / f"b{stop}" / name).stat().st_mtime_ns for name in sections]
         again = stream.compress(one, tmp_path / f"b{stop}")
         assert same(undisturbed, again)
-        assert times == [(tmp_path / f"b{stop}" / name).stat().st_mtime_ns for name in kept], "made again"
+        assert times == [(tmp_path / f"b{stop}" / name).stat().st_mtime_ns for name in sections], "made again"
 
 
 def test_work_of_another_task_is_not_taken_up(made, tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
     """
     from hasten import formats
     from hasten.compress import calibrate, gradients, restructure, stream
+    from hasten.compress.moments import CHUNKS, TOKENS
     from hasten.compress.run import needs
-    from hasten.compress.statistics import ROWS
     from hasten.engine import memory
 
     graph = task.model.graph
@@ -136,8 +136,9 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
             if any(asked.get(n) == "hessian" for n in names)
         ]
         largest = max((shapes[s.name][0] * shapes[s.name][1] for s in section.matrices()), default=0)
-        rows = ROWS + calibrate.CHUNK
-        gathered = sum(12 * w * w + 8 * rows * w for w in second) + 8 * max(second, default=0) ** 2  # the last factor
+        rows = CHUNKS * TOKENS + calibrate.CHUNK
+        gathered = sum(4 * w * w + 4 * rows * w for w in second)
+        gathered += 6 * rows * max(second, default=0) + 8 * max(second, default=0) ** 2  # the last factor
         made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
         weights, working = max(weights, own), max(working, stream.LIBRARIES + max(gathered, made))
     if "gradients" in asked.values():

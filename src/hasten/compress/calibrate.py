@@ -6,11 +6,12 @@ and gives the next block's input. So memory is one block's buffers and one set o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from hasten import formats
 from hasten.backends import feed, native
 from hasten.backends.batch import Float32, Int32, Limits, Outputs
 from hasten.backends.cache import KvFormat
@@ -50,9 +51,10 @@ def calibrate(
             report("calibration", index, total)
         if index == total - 1:
             statistics.final = hidden
-        section = graph.block(index) if index < len(graph.blocks) else head_input(graph)
-        readers = linear_inputs(graph.tail(index)) if index == len(graph.blocks) else None
-        hidden = gather(section, weights, windows, hidden, limits, statistics, hessians, readers)
+        if index < len(graph.blocks):
+            hidden = gather(graph.block(index), weights, windows, hidden, limits, statistics, hessians)
+        else:
+            look(graph.tail(index), weights, windows, hidden, limits, statistics, hessians)
         if done:
             done(statistics)
     if report:
@@ -73,6 +75,23 @@ def embed(graph: Graph, weights: Weights, windows: Sequence[Int32], limits: Limi
     return run(front, weights, windows, None, limits)
 
 
+def steps(
+    graph: Graph,
+    weights: Weights,
+    windows: Sequence[Int32],
+    hidden: Hidden | None,
+    limits: Limits,
+    keep: Sequence[str],
+) -> Iterator[tuple[int, Outputs]]:
+    """Each step's window and outputs, with the values in `keep` readable until the next."""
+    own = {name: weights[name] for name in graph.weights}
+    program = native.compile(graph, own, limits, keep=tuple(dict.fromkeys(keep)), tune=True)
+    for index, start, batch in feed.windows(windows, limits):
+        if hidden is not None:
+            batch.hidden = np.ascontiguousarray(hidden[index][start : start + len(batch.tokens)])
+        yield index, program.step(batch)
+
+
 def run(
     graph: Graph,
     weights: Weights,
@@ -83,32 +102,26 @@ def run(
     visit: Callable[[Outputs], None] | None = None,
 ) -> Hidden:
     """The graph's output for every window; `visit` sees each step's outputs, with the values in `keep` readable."""
-    own = {name: weights[name] for name in graph.weights}
-    program = native.compile(graph, own, limits, keep=tuple(dict.fromkeys([*keep, graph.output])), tune=True)
     parts: list[list[Float32]] = [[] for _ in windows]
-    for index, start, batch in feed.windows(windows, limits):
-        if hidden is not None:
-            batch.hidden = np.ascontiguousarray(hidden[index][start : start + len(batch.tokens)])
-        outputs = program.step(batch)
+    for index, outputs in steps(graph, weights, windows, hidden, limits, [*keep, graph.output]):
         if visit:
             visit(outputs)
         parts[index].append(outputs.value(graph.output))
     return [np.concatenate(p) for p in parts]
 
 
-def head_input(graph: Graph) -> Graph:
-    """What follows the last block, up to what the head's last linear reads: logits are no statistics, and cost as much
-    as a block."""
-    tail = graph.tail(len(graph.blocks))
-    output = next(node.inputs[0] for node in reversed(tail.nodes) if isinstance(node.op, Linear))
-    needed = {output}
+def up_to_inputs(graph: Graph) -> Graph:
+    """The graph without what follows the last value that a linear reads: a head's logits are no statistics, and cost as
+    much as a block."""
+    wanted = list(linear_inputs(graph))
+    needed = set(wanted)
     nodes: list[Node] = []
-    for node in reversed(tail.nodes):
+    for node in reversed(graph.nodes):
         if needed.intersection(node.outputs):
             needed.update(node.inputs)
             nodes.insert(0, node)
     used = dict.fromkeys(w for node in nodes for w in node.weights)
-    return replace(tail, nodes=tuple(nodes), weights={name: tail.weights[name] for name in used}, output=output)
+    return replace(graph, nodes=tuple(nodes), weights={name: graph.weights[name] for name in used}, output=wanted[-1])
 
 
 def linear_inputs(graph: Graph) -> dict[str, list[str]]:
@@ -128,23 +141,51 @@ def gather(
     limits: Limits,
     into: Statistics,
     hessians: Collection[str] = (),
-    readers: Mapping[str, list[str]] | None = None,
 ) -> Hidden:
-    """Add what flows into the linears of a section to `into`; returns the section's output.
-
-    `readers`: value -> weights of the linears that read it, where these are no part of the section.
-    """
-    known = {value for node in section.nodes for value in node.outputs}
-    found = linear_inputs(section) if readers is None else readers
-    sites = {value: names for value, names in found.items() if value in known}
-    wanted = frozenset(value for value, names in sites.items() if any(n in hessians for n in names))
-    gatherer = Gatherer(sites, wanted)
-
-    def add(outputs: Outputs) -> None:
-        for value in sites:
-            gatherer.add(value, outputs.value(value))
-
-    after = run(section, weights, windows, hidden, limits, tuple(sites), add)
-    into.sites |= gatherer.found()
-    into.readers |= {name: value for value, names in sites.items() for name in names}
+    """Add what flows into the linears of a section to `into`; returns the section's output."""
+    seen = _Sites(section, hessians)
+    after = run(section, weights, windows, hidden, limits, tuple(seen.readers), seen.add)
+    seen.tell(into)
     return after
+
+
+def look(
+    section: Graph,
+    weights: Weights,
+    windows: Sequence[Int32],
+    hidden: Hidden,
+    limits: Limits,
+    into: Statistics,
+    hessians: Collection[str] = (),
+) -> None:
+    """`gather` where the section's output is not wanted, two to three times as fast: up to the last linear's input, with
+    matrices in int4 by nearest rounding, so that a matrix sees about what it will see once those before it are packed.
+    """
+    seen, through = _Sites(section, hessians), up_to_inputs(section)
+    quick = {name: _int4(weights[name]) for name in through.weights}
+    for _, outputs in steps(through, quick, windows, hidden, limits, tuple(seen.readers)):
+        seen.add(outputs)
+    seen.tell(into)
+
+
+class _Sites:
+    """What flows into the linears of a section."""
+
+    def __init__(self, section: Graph, hessians: Collection[str]) -> None:
+        self.readers = linear_inputs(section)
+        wanted = frozenset(value for value, names in self.readers.items() if any(n in hessians for n in names))
+        self._gatherer = Gatherer(self.readers, wanted)
+
+    def add(self, outputs: Outputs) -> None:
+        for value in self.readers:
+            self._gatherer.add(value, outputs.value(value))
+
+    def tell(self, into: Statistics) -> None:
+        into.sites |= self._gatherer.found()
+        into.readers |= {name: value for value, names in self.readers.items() for name in names}
+
+
+def _int4(weight: Weight | Float32) -> Weight | Float32:
+    if not isinstance(weight, Weight) or weight.format.group:
+        return weight
+    return formats.get("int4-g32").pack(weight.dense())

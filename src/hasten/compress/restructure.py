@@ -162,9 +162,7 @@ def walk(model: Model, steps: Sequence[Step], run: Run) -> Model:
             if found is None:
                 continue
             seen = Statistics(tokens=sum(len(w) for w in run.windows))
-            through = section if section.blocks else calibrate.head_input(graph)
-            readers = calibrate.linear_inputs(section)
-            calibrate.gather(through, own, run.windows, hidden, limits, seen, found[0], readers)
+            calibrate.look(section, own, run.windows, hidden, limits, seen, found[0])
             structure, values = found[1](section, partial(_read, own), _hessians(seen, found[0]))
             made = {name: _packed(name, v, model.dtype) for name, v in values.items()}
             new, own = new | made, own | made

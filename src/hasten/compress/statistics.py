@@ -11,13 +11,12 @@ import numpy as np
 
 from hasten.backends.batch import Float32
 from hasten.compress.methods import Inputs
+from hasten.compress.moments import Moments
 from hasten.errors import CheckpointError, OutputError
 
 Hidden = list[Float32]
 """One array [tokens, width] a window."""
 VECTORS = ("moments", "magnitudes", "peaks")
-ROWS = 8192
-"""Tokens gathered before their outer products are added: one large matrix product rather than many small ones."""
 
 
 @dataclass
@@ -90,52 +89,23 @@ class Gatherer:
     def __init__(self, sites: Mapping[str, list[str]], hessians: frozenset[str] = frozenset()) -> None:
         self.sites = sites
         self._hessians = hessians
-        self._sums: dict[str, list[Any]] = {}
-        self._second: dict[str, Any] = {}
-        self._waiting: dict[str, list[Float32]] = {}
-        self._tokens: dict[str, int] = {}
+        self._moments: dict[str, Moments] = {}
 
     def add(self, site: str, x: Float32) -> None:
-        """x [tokens, width]. Raises CheckpointError naming a weight whose input is not finite."""
-        square = np.einsum("ti,ti->i", x, x, dtype=np.float64)
-        if not np.isfinite(square).all():
-            raise CheckpointError(
-                f"what flows into '{self.sites[site][0]}' holds a NaN or an infinity", "the weights may be damaged"
-            )
-        size = np.abs(x)
-        magnitude, peak = size.sum(axis=0, dtype=np.float64), size.max(axis=0)
-        known = self._sums.get(site)
-        if known is None:
-            self._sums[site] = [square, magnitude, peak]
-        else:
-            known[0] += square
-            known[1] += magnitude
-            np.maximum(known[2], peak, out=known[2])
-        self._tokens[site] = self._tokens.get(site, 0) + len(x)
-        if site in self._hessians:
-            waiting = self._waiting.setdefault(site, [])
-            waiting.append(x)
-            if sum(len(w) for w in waiting) >= ROWS:
-                self._flush(site)
-
-    def _flush(self, site: str) -> None:
-        waiting = self._waiting.pop(site, [])
-        if not waiting:
-            return
-        x = np.concatenate(waiting)
-        product = x.T @ x  # [in, in]; one triangle is computed
-        if site in self._second:
-            self._second[site] += product
-        else:
-            self._second[site] = product.astype(np.float64)
+        """x [tokens, width]."""
+        if site not in self._moments:
+            self._moments[site] = Moments(x.shape[1], site in self._hessians)
+        self._moments[site].add(x)
 
     def found(self) -> dict[str, Inputs]:
-        """Site -> what was seen of it."""
+        """Site -> what was seen of it. Raises CheckpointError naming a weight whose input is not finite."""
         made = {}
-        for site, (square, magnitude, peak) in self._sums.items():
-            self._flush(site)
-            count = self._tokens[site]
-            second = self._second.pop(site, None)
-            hessian = None if second is None else (second / count).astype(np.float32)
-            made[site] = Inputs(square / count, magnitude / count, peak.astype(np.float64), hessian)
+        for site, sums in self._moments.items():
+            sums.settle()
+            if not np.isfinite(sums.squares).all():
+                raise CheckpointError(
+                    f"what flows into '{self.sites[site][0]}' holds a NaN or an infinity", "the weights may be damaged"
+                )
+            made[site] = Inputs(sums.squares / sums.tokens, sums.magnitudes / sums.tokens, sums.peaks, sums.second())
+        self._moments.clear()
         return made

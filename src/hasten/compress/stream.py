@@ -40,6 +40,8 @@ VERSION = 3
 """Of what a work folder holds."""
 LIBRARIES = 64 << 20
 """Bytes that linear algebra takes for its own buffers, once."""
+KEPT = 4
+"""Hidden states go to disk after so many blocks, which a run that is taken up may have to go through again."""
 COPIES = 10
 """Float32 copies of the largest matrix that a method holds at once, its working space included."""
 
@@ -100,11 +102,22 @@ def compress(task: Task, folder: Path, report: Report | None = None) -> dict[str
         if work.has(index):
             continue
         if task.windows and hidden is None:
-            hidden = work.hidden(index, task.windows) if index else start(task)
+            hidden = _resumed(task, index, work)
         hidden = _section(task, index, asked, hidden, work, slopes)
     if report:
         report("compressing", count, count)
     return _gathered(task, work, count)
+
+
+def _resumed(task: Task, index: int, work: Work) -> Hidden:
+    """What flows into section `index`: the hidden states kept last, through the blocks since."""
+    kept = next((i for i in range(index, 0, -1) if work.has_hidden(i)), 0)
+    hidden = work.hidden(kept, task.windows) if kept else start(task)
+    for i in range(kept, index):
+        section = task.model.graph.block(i)
+        own = {name: task.model.weight(name) for name in section.weights}
+        hidden = calibrate.run(section, own | work.packed(i, task), task.windows, hidden, task.limits())
+    return hidden
 
 
 def _section(
@@ -127,9 +140,7 @@ def _section(
         changed = _folded(task, section, own, hidden)
         own |= changed
     if hidden is not None and any(asked.get(name, "nothing") != "nothing" for name in section.weights):
-        through = calibrate.head_input(graph) if last else section
-        readers = calibrate.linear_inputs(section)
-        calibrate.gather(through, own, task.windows, hidden, task.limits(), statistics, wanted, readers)
+        calibrate.look(section, own, task.windows, hidden, task.limits(), statistics, wanted)
     mine = [spec.name for spec in section.matrices()]
     if last:  # tables that no section multiplies by: embeddings apart from the head
         mine += [s.name for s in graph.matrices() if s.name not in mine and not _in_block(graph, s.name)]
@@ -145,7 +156,8 @@ def _section(
             packed[name] = pack(task, name, values, known)
     if hidden is not None and not last:
         hidden = calibrate.run(section, own | packed, task.windows, hidden, task.limits())
-        work.keep_hidden(index + 1, hidden)
+        if (index + 1) % KEPT == 0:
+            work.keep_hidden(index + 1, hidden)
     work.keep(index, packed)
     return hidden
 
@@ -161,7 +173,7 @@ def _folded(task: Task, section: Graph, own: Mapping[str, Weight | Float32], hid
         fold, seen = folds.get(name), Statistics(tokens=sum(len(w) for w in task.windows))
         if fold.NEEDS != "nothing" and hidden is not None:
             wanted = list(section.weights) if fold.NEEDS == "hessian" else []
-            calibrate.gather(section, now, task.windows, hidden, task.limits(), seen, wanted)
+            calibrate.look(section, now, task.windows, hidden, task.limits(), seen, wanted)
         found = fold.fold(section, lambda n, now=now: dense(now[n]), seen.inputs, task.choices)  # type: ignore[misc]
         for weight, values in found.items():
             if values.ndim == 2:
@@ -275,16 +287,19 @@ class Work:
             raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
 
     def keep_hidden(self, index: int, hidden: Hidden) -> None:
-        """Of block `index`'s input; those of the block before stay until its section is kept."""
+        """Of block `index`'s input; those before stay until its section is kept."""
         part = self.folder / "hidden.part"
         try:
             with part.open("wb") as stream:
                 np.save(stream, np.concatenate(hidden))
             part.replace(self._hidden(index))
-            self._hidden(index - 2).unlink(missing_ok=True)
+            self._hidden(index - 2 * KEPT).unlink(missing_ok=True)
         except OSError as error:
             part.unlink(missing_ok=True)
             raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
+
+    def has_hidden(self, index: int) -> bool:
+        return self._hidden(index).exists()
 
     def hidden(self, index: int, windows: Sequence[Int32]) -> Hidden:
         """What `keep_hidden` kept. Raises CheckpointError where it is not of these windows."""
