@@ -170,6 +170,15 @@ struct SweepArgs {
   float* error;            // [rows]: sum of weights * (values + moved - made)^2
 };
 
+// left[r, g, h] = sum over c in group g, d in group h of levels[c, r] * hessian[c, d] * levels[d, r].
+inline constexpr int64_t kLevelColumns = 8;      // of which a group's columns are a multiple
+struct LevelProductsArgs {
+  int64_t rows, columns, group;
+  const float* levels;     // [columns, rows]
+  const float* hessian;    // [columns, columns], symmetric
+  float* left;             // [rows, groups, groups]
+};
+
 struct Kernels {
   const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
@@ -214,6 +223,7 @@ struct Kernels {
   int64_t (*argmax)(const float* logits, int64_t n);                 // lowest index among equals
   void (*masses)(const float* logits, float top, float factor, int64_t n, float* out);   // e^((logit - top) * factor)
   void (*sweep)(const SweepArgs& a);
+  void (*level_products)(const LevelProductsArgs& a);
 };
 
 const Kernels* scalar_kernels();

@@ -205,6 +205,7 @@ void fill_ops(Kernels& k) {
   k.argmax = ops::argmax;
   k.masses = ops::masses;
   k.sweep = ops::sweep;
+  k.level_products = ops::level_products;
 }
 
 }  // namespace

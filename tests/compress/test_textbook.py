@@ -78,7 +78,8 @@ def test_refitted_scales_are_those_of_least_squares() -> None:
     levels = np.clip(np.rint(values / np.abs(values).max() * 7), -8, 7).astype(np.float32)
     scales = np.full((4, 3), np.abs(values).max() / 7, np.float32)
     made = levels * scales.repeat(32, axis=1)[:, :70]
-    found = gptq.refit(values, made, scales, 32, inputs.T @ inputs / len(inputs))
+    hessian = inputs.T @ inputs / len(inputs)
+    found = gptq.refit(values @ hessian, made, scales, 32, hessian)
     for row in range(4):
         parts = [inputs[:, g : g + 32] @ levels[row, g : g + 32].astype(np.float64) for g in (0, 32, 64)]
         expected, *_ = np.linalg.lstsq(np.stack(parts, axis=1), inputs @ values[row].astype(np.float64), rcond=None)
