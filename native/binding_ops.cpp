@@ -204,6 +204,24 @@ nb::tuple sweep(const std::string& isa, Floats values, Floats moved, Floats ahea
   return nb::make_tuple(made, lost, error);
 }
 
+// levels [columns, rows], hessian [columns, columns], columns in whole groups -> [rows, groups, groups], as core.h's
+// LevelProductsArgs says. isa "" is the process's.
+Result<float> level_products(const std::string& isa, Floats levels, Floats hessian, size_t group) {
+  const size_t columns = levels.shape(0), rows = levels.shape(1);
+  if (hessian.size() != columns * columns || group == 0 || group % kLevelColumns != 0 || columns % group != 0)
+    throw std::invalid_argument("level_products: shapes do not go together");
+  const size_t groups = columns / group;
+  auto left = make<float>({rows, groups, groups});
+  const Kernels& kernels = isa.empty() ? active_kernels() : table(isa);
+  {
+    nb::gil_scoped_release release;
+    kernels.level_products({.rows = static_cast<int64_t>(rows), .columns = static_cast<int64_t>(columns),
+                            .group = static_cast<int64_t>(group), .levels = levels.data(), .hessian = hessian.data(),
+                            .left = left.data()});
+  }
+  return left;
+}
+
 }  // namespace
 
 void bind_ops(nb::module_& m) {
@@ -220,6 +238,7 @@ void bind_ops(nb::module_& m) {
         "causal"_a = true, "query_tile"_a = 16, "in_spans"_a = false);
   m.def("sweep", &sweep, "isa"_a, "values"_a, "moved"_a, "ahead"_a, "scales"_a, "levels"_a, "weights"_a,
         "kept"_a.none());
+  m.def("level_products", &level_products, "isa"_a, "levels"_a, "hessian"_a, "group"_a);
   m.def("ops_sample", &draw, "isa"_a, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "typical_p"_a,
         "repetition"_a, "presence"_a, "frequency"_a, "seed"_a, "position"_a, "history"_a, "prompt_length"_a, "bias_tokens"_a,
         "bias"_a, "banned"_a, "allowed"_a.none(), "top"_a);

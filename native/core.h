@@ -189,6 +189,15 @@ struct OuterAddArgs {
   float* into;             // [columns][columns]
 };
 
+// left[r, g, h] = sum over c in group g, d in group h of levels[c, r] * hessian[c, d] * levels[d, r].
+inline constexpr int64_t kLevelColumns = 8;      // of which a group's columns are a multiple
+struct LevelProductsArgs {
+  int64_t rows, columns, group;
+  const float* levels;     // [columns, rows]
+  const float* hessian;    // [columns, columns], symmetric
+  float* left;             // [rows, groups, groups]
+};
+
 struct Kernels {
   const char* name;                   // "scalar", "avx2", "avx2_vnni", "avx512", "avx512_bf16", "neon", ...
   bool bf16_inputs;                   // matmul_float takes bf16 activations for bf16 weights
@@ -235,6 +244,7 @@ struct Kernels {
   void (*sweep)(const SweepArgs& a);
   void (*outer_pack)(const OuterPackArgs& a);
   void (*outer_add)(const OuterAddArgs& a);
+  void (*level_products)(const LevelProductsArgs& a);
 };
 
 const Kernels* scalar_kernels();

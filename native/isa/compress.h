@@ -1,4 +1,4 @@
-// What compressing a model takes: the sweep that rounds a matrix.
+// What compressing a model takes: the sweep that rounds a matrix, the equations that its scales solve.
 #pragma once
 #include "isa/lanes.h"
 
@@ -41,6 +41,51 @@ inline void sweep(const SweepArgs& a) {
     }
     write(a.error + row, error, lanes);
   });
+}
+
+// Columns whose sums are kept in registers: as many as hide the latency of fma where sixteen lanes are one register.
+inline constexpr int kSumsTogether = simd::kPart == simd::kLanes ? 8 : 4;
+
+// sum over c and d of one[c] * hessian[c, d] * other[d] for sixteen rows; `step` floats from column to column.
+HASTEN_INLINE V level_product(const LevelProductsArgs& a, const float* one, const float* other, const float* hessian,
+                              int64_t lanes) {
+  V total = simd::zero();
+  for (int64_t c = 0; c < a.group; c += kSumsTogether) {
+    V sums[kSumsTogether];
+    for (V& sum : sums) sum = simd::zero();
+    for (int64_t d = 0; d < a.group; ++d) {
+      const V level = read(other + d * a.rows, lanes);
+      for (int k = 0; k < kSumsTogether; ++k)
+        sums[k] = simd::fma(simd::set(hessian[(c + k) * a.columns + d]), level, sums[k]);
+    }
+    for (int k = 0; k < kSumsTogether; ++k) total = simd::fma(sums[k], read(one + (c + k) * a.rows, lanes), total);
+  }
+  return total;
+}
+
+// A block of the Hessian is asked for in good time: its rows lie too far apart for the processor to foresee them.
+HASTEN_INLINE void prefetch_block(const float* block, int64_t group, int64_t stride) {
+  for (int64_t c = 0; c < group; ++c)
+    for (int64_t d = 0; d < group; d += 16) __builtin_prefetch(block + c * stride + d);
+}
+
+// The normal equations of each row's scales. A pair of groups' block of the Hessian stays in the cache while rows go by.
+inline void level_products(const LevelProductsArgs& a) {
+  const int64_t groups = a.columns / a.group, block = a.group * a.rows;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t h = g; h < groups; ++h) {
+      const float* hessian = a.hessian + g * a.group * a.columns + h * a.group;
+      if (h + 1 < groups) prefetch_block(hessian + a.group, a.group, a.columns);
+      sixteens(a.rows, [&](int64_t row, int64_t lanes) {
+        const float *one = a.levels + g * block + row, *other = a.levels + h * block + row;
+        float found[simd::kLanes];
+        simd::store(found, level_product(a, one, other, hessian, lanes));
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          float* left = a.left + (row + lane) * groups * groups;
+          left[g * groups + h] = left[h * groups + g] = found[lane];
+        }
+      });
+    }
 }
 
 }  // namespace ops

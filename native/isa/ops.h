@@ -208,6 +208,7 @@ void fill_ops(Kernels& k) {
   k.sweep = ops::sweep;
   k.outer_pack = ops::outer_pack;
   k.outer_add = ops::outer_add;
+  k.level_products = ops::level_products;
 }
 
 }  // namespace

@@ -72,13 +72,39 @@ def test_the_factor() -> None:
     assert not np.tril(upper, -1).any()
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_the_factor_is_cholesky_s(size: int) -> None:
+    """Of strongly correlated inputs of unequal sizes, damped as usual, against LAPACK in float64."""
+    rng = np.random.default_rng(size)
+    inputs = rng.normal(size=(size + 50, size)) * np.exp(rng.normal(size=size))
+    inputs += rng.normal(size=(size + 50, 3)) @ rng.normal(size=(3, size)) * 5
+    hessian = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    hessian[np.arange(size), np.arange(size)] += np.float32(0.01 * hessian.trace() / size)
+    exact = np.linalg.cholesky(hessian[::-1, ::-1].astype(np.float64))[::-1, ::-1]
+    found = hessian.copy()
+    _sweep.triangular(found)
+    np.testing.assert_allclose(np.diagonal(found), np.diagonal(exact), rtol=1e-4)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-4 * np.diagonal(exact).max())
+    assert np.linalg.norm(found.astype(np.float64) @ found.T - hessian) < 1e-6 * np.linalg.norm(hessian)
+    assert not np.tril(found, -1).any()
+
+
+@pytest.mark.parametrize("at", [0, 200, 299])
+def test_what_is_not_positive_definite_has_no_factor(at: int) -> None:
+    matrix = np.eye(300, dtype=np.float32)
+    matrix[at, at] = -1
+    with pytest.raises(np.linalg.LinAlgError):
+        _sweep.triangular(matrix)
+
+
 def test_refitted_scales_are_those_of_least_squares() -> None:
     """Against numpy.linalg.lstsq on the raw inputs: the output as a sum over groups of scale times levels' output."""
     values, inputs = correlated(4, 70)
     levels = np.clip(np.rint(values / np.abs(values).max() * 7), -8, 7).astype(np.float32)
     scales = np.full((4, 3), np.abs(values).max() / 7, np.float32)
     made = levels * scales.repeat(32, axis=1)[:, :70]
-    found = gptq.refit(values, made, scales, 32, inputs.T @ inputs / len(inputs))
+    hessian = inputs.T @ inputs / len(inputs)
+    found = gptq.refit(values @ hessian, made, scales, 32, hessian)
     for row in range(4):
         parts = [inputs[:, g : g + 32] @ levels[row, g : g + 32].astype(np.float64) for g in (0, 32, 64)]
         expected, *_ = np.linalg.lstsq(np.stack(parts, axis=1), inputs @ values[row].astype(np.float64), rcond=None)

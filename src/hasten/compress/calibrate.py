@@ -158,9 +158,8 @@ def look(
     into: Statistics,
     hessians: Collection[str] = (),
 ) -> None:
-    """`gather` where the section's output is not wanted, two to three times as fast: up to the last linear's input, with
-    matrices in int4 by nearest rounding, so that a matrix sees about what it will see once those before it are packed.
-    """
+    """`gather` where the section's output is not wanted, three times as fast: up to the last linear's input, matrices in
+    int4 by nearest rounding, so that one sees about what it will see once those before it are packed."""
     seen, through = _Sites(section, hessians), up_to_inputs(section)
     quick = {name: _int4(weights[name]) for name in through.weights}
     for _, outputs in steps(through, quick, windows, hidden, limits, tuple(seen.readers)):

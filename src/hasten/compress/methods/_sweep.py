@@ -28,6 +28,7 @@ Prune = Callable[[slice, Float32], Float32]
 """(columns, their values as they are now [rows, columns]) -> 0 where one is to become zero, else 1."""
 DAMPING = 0.01
 BLOCK = 128
+FACTOR_BLOCK = 256
 HALF_LEVELS = 516
 """Of the table that rounds: quotients from -129 to 129, beyond every format's levels."""
 ROWS = 512
@@ -62,28 +63,47 @@ _last: dict[str, tuple[npt.NDArray[Any], float, npt.NDArray[Any], Factor]] = {}
 
 
 def _factor(hessian: npt.NDArray[Any], order: npt.NDArray[Any], damping: float) -> Factor:
-    matrix: Float32 = np.take(np.take(np.asarray(hessian, np.float32), order[::-1], axis=0), order[::-1], axis=1)
-    mean = float(matrix.trace(dtype=np.float64)) / len(matrix)
-    if not np.isfinite(matrix).all():
+    given: Float32 = np.asarray(hessian, np.float32)
+    columns, mean = len(given), float(given.trace(dtype=np.float64)) / len(given)
+    if not np.isfinite(given).all():
         raise FormatError("the second moments of a matrix's inputs are not finite", "calibrate on another text")
     if mean < 0:
         raise FormatError("the second moments of a matrix's inputs are no covariance", "calibrate on another text")
     if mean == 0:
-        return Factor(np.eye(len(matrix), dtype=np.float32), np.ones(len(matrix), np.float32))
-    diagonal = np.arange(len(matrix))
+        return Factor(np.eye(columns, dtype=np.float32), np.ones(columns, np.float32))
+    diagonal, added = np.arange(columns), 0.0
     for _ in range(6):
-        matrix[diagonal, diagonal] += damping * mean
+        upper: Float32 = np.take(np.take(given, order, axis=0), order, axis=1)
+        added += damping * mean
+        upper[diagonal, diagonal] += np.float32(added)
         try:
-            lower = np.linalg.cholesky(matrix)
+            triangular(upper)
             break
         except np.linalg.LinAlgError:
             damping *= 10
     else:
         raise FormatError("the second moments of a matrix's inputs are no covariance", "calibrate on more text")
-    # With rows and columns reversed H = L L^T, so H = R R^T with R = L reversed.
-    upper = lower[::-1, ::-1]
-    own: Float32 = np.ascontiguousarray(np.diagonal(upper), np.float32)
-    return Factor(np.ascontiguousarray(upper / own), own)
+    own: Float32 = np.ascontiguousarray(np.diagonal(upper))
+    upper /= own
+    return Factor(upper, own)
+
+
+def triangular(matrix: Float32) -> None:
+    """A symmetric `matrix` becomes R, upper triangular, with matrix = R R^T: Cholesky's factor from the last column on.
+
+    Blocks of columns take what those behind them have settled in one product, so that nearly all of the work is large
+    products in float32; only blocks on the diagonal are factored, in float64. Raises np.linalg.LinAlgError where the
+    matrix is not positive definite.
+    """
+    for start in reversed(range(0, len(matrix), FACTOR_BLOCK)):
+        stop = min(start + FACTOR_BLOCK, len(matrix))
+        own, above, behind = slice(start, stop), slice(start), slice(stop, None)
+        if stop < len(matrix):
+            matrix[:stop, own] -= matrix[:stop, behind] @ matrix[own, behind].T
+        # With rows and columns reversed a matrix is L L^T, so it is R R^T with R = L reversed.
+        square = np.linalg.cholesky(matrix[own, own][::-1, ::-1].astype(np.float64))[::-1, ::-1]
+        matrix[above, own] = matrix[above, own] @ np.linalg.inv(square).T.astype(np.float32)
+        matrix[own, own], matrix[behind, own] = square, 0
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hasten import _native
 from hasten.compress.methods import Float32, Inputs, clip, codebook
-from hasten.compress.methods._groups import Round, half
+from hasten.compress.methods._groups import Round, half, in_threads
 from hasten.compress.methods._sweep import Float64, Grid, factor, sweep
 from hasten.formats import Format, Weight
 from hasten.formats.codebook import Codebook
@@ -21,7 +22,7 @@ from hasten.formats.codebook import Codebook
 NEEDS = "hessian"
 AGAIN = 2
 """Sweeps after the first, each with scales refitted to the codes of the best so far."""
-REFIT_ROWS = 256
+REFIT_ROWS = 128
 MOST_GROUPS = 256
 """Rows of more groups keep the scales that were searched: solving for theirs would take too long."""
 
@@ -59,9 +60,9 @@ def quantised(
     made, least = swept(scales)
     if scales.shape[1] > MOST_GROUPS:
         return made, scales
-    best = made, scales
+    best, pulled = (made, scales), values @ np.asarray(hessian, np.float32)
     for _ in range(AGAIN):
-        refitted = refit(values, *best, group, hessian)
+        refitted = refit(pulled, *best, group, hessian)
         made, error = swept(refitted)
         better = (error < least)[:, None]
         best = (np.where(better, made, best[0]), np.where(better, refitted, best[1]))
@@ -69,37 +70,33 @@ def quantised(
     return best
 
 
-def refit(values: Float32, made: Float32, scales: Float32, group: int, hessian: npt.NDArray[Any]) -> Float32:
+def refit(pulled: Float32, made: Float32, scales: Float32, group: int, hessian: npt.NDArray[Any]) -> Float32:
     """Scales [out, groups] that leave each row the least error under the Hessian, its levels as they are.
 
     A row's output is linear in its scales: with L[g] its levels in group g, the normal equations are
-    sum_h (L[g] H L[h]) s[h] = L[g] H w.
+    sum_h (L[g] H L[h]) s[h] = L[g] H w. `pulled` is w H of every row [out, in].
     """
-    columns, groups = values.shape[1], scales.shape[1]
-    wide = np.zeros((groups * group, groups * group), np.float32)
-    wide[:columns, :columns] = hessian
-    parts = [slice(i, i + REFIT_ROWS) for i in range(0, len(values), REFIT_ROWS)]
+    columns, groups = made.shape[1], scales.shape[1]
+    whole: Float32 = np.ascontiguousarray(hessian, np.float32)
+    if columns < groups * group:
+        whole = np.zeros((groups * group, groups * group), np.float32)
+        whole[:columns, :columns] = hessian
+    parts = [slice(i, i + REFIT_ROWS) for i in range(0, len(made), REFIT_ROWS)]
 
     def one(rows: slice) -> Float32:
-        return _refit(values[rows], made[rows], scales[rows], group, wide)
+        return _refit(pulled[rows], made[rows], scales[rows], group, whole)
 
-    return np.concatenate([one(rows) for rows in parts])
+    return np.concatenate(list(in_threads(one, parts)))
 
 
-def _refit(values: Float32, made: Float32, scales: Float32, group: int, hessian: Float32) -> Float32:
+def _refit(pulled: Float32, made: Float32, scales: Float32, group: int, hessian: Float32) -> Float32:
     """Of some rows; `hessian` is padded to whole groups."""
-    (rows, columns), groups = values.shape, scales.shape[1]
-    levels, target = np.zeros((2, rows, groups * group), np.float32)
+    (rows, columns), groups = made.shape, scales.shape[1]
     divisors = np.repeat(np.where(scales == 0, np.float32(np.inf), scales), group, axis=1)[:, :columns]
-    levels[:, :columns] = np.rint(made / divisors)
-    target[:, :columns] = values
-    right = np.einsum("rc,rc->rc", target @ hessian, levels).reshape(rows, groups, group).sum(axis=2)
-    left = np.empty((rows, groups, groups), np.float32)
-    for g in range(groups):
-        start = g * group
-        products = levels[:, start : start + group] @ hessian[start : start + group, start:]
-        products *= levels[:, start:]
-        left[:, g, g:] = left[:, g:, g] = products.reshape(rows, groups - g, group).sum(axis=2)
+    levels = np.zeros((groups * group, rows), np.float32)
+    levels[:columns] = np.rint(made / divisors).T
+    left = _native.level_products("", levels, hessian, group)
+    right = np.add.reduceat(pulled * levels[:columns].T, np.arange(0, columns, group), axis=1)
     ridge = 1e-6 * np.einsum("rgg->rg", left).mean(axis=1) + 1e-30
     left += ridge[:, None, None] * np.eye(groups, dtype=np.float32)
     right += ridge[:, None] * scales
