@@ -224,6 +224,7 @@ struct Kernels {
   void (*masses)(const float* logits, float top, float factor, int64_t n, float* out);   // e^((logit - top) * factor)
   void (*sweep)(const SweepArgs& a);
   void (*level_products)(const LevelProductsArgs& a);
+  bool (*solve_positive)(int64_t n, double* matrix, double* right);  // in place; false: the matrix is not positive definite
 };
 
 const Kernels* scalar_kernels();

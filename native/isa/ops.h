@@ -206,6 +206,7 @@ void fill_ops(Kernels& k) {
   k.masses = ops::masses;
   k.sweep = ops::sweep;
   k.level_products = ops::level_products;
+  k.solve_positive = ops::solve_positive;
 }
 
 }  // namespace
