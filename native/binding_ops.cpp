@@ -222,6 +222,27 @@ Result<float> level_products(const std::string& isa, Floats levels, Floats hessi
   return left;
 }
 
+// matrices [rows, n, n], symmetric, right [rows, n] -> solutions [rows, n], found in float64; NaN where a matrix is not
+// positive definite. isa "" is the process's.
+Result<double> solve_positive(const std::string& isa, Floats matrices, Floats right) {
+  const size_t rows = right.shape(0), n = right.shape(1);
+  if (matrices.size() != rows * n * n) throw std::invalid_argument("solve_positive: shapes do not go together");
+  auto out = make<double>({rows, n});
+  const Kernels& kernels = isa.empty() ? active_kernels() : table(isa);
+  {
+    nb::gil_scoped_release release;
+    std::copy_n(right.data(), right.size(), out.data());
+    std::vector<double> matrix(n * n);
+    for (size_t row = 0; row < rows; ++row) {
+      std::copy_n(matrices.data() + row * n * n, n * n, matrix.data());
+      double* solution = out.data() + row * n;
+      if (!kernels.solve_positive(static_cast<int64_t>(n), matrix.data(), solution))
+        std::fill_n(solution, n, std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 void bind_ops(nb::module_& m) {
@@ -239,6 +260,7 @@ void bind_ops(nb::module_& m) {
   m.def("sweep", &sweep, "isa"_a, "values"_a, "moved"_a, "ahead"_a, "scales"_a, "levels"_a, "weights"_a,
         "kept"_a.none());
   m.def("level_products", &level_products, "isa"_a, "levels"_a, "hessian"_a, "group"_a);
+  m.def("solve_positive", &solve_positive, "isa"_a, "matrices"_a, "right"_a);
   m.def("ops_sample", &draw, "isa"_a, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "typical_p"_a,
         "repetition"_a, "presence"_a, "frequency"_a, "seed"_a, "position"_a, "history"_a, "prompt_length"_a, "bias_tokens"_a,
         "bias"_a, "banned"_a, "allowed"_a.none(), "top"_a);

@@ -245,6 +245,7 @@ struct Kernels {
   void (*outer_pack)(const OuterPackArgs& a);
   void (*outer_add)(const OuterAddArgs& a);
   void (*level_products)(const LevelProductsArgs& a);
+  bool (*solve_positive)(int64_t n, double* matrix, double* right);  // in place; false: the matrix is not positive definite
 };
 
 const Kernels* scalar_kernels();

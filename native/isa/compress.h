@@ -88,6 +88,33 @@ inline void level_products(const LevelProductsArgs& a) {
     }
 }
 
+// Symmetric elimination of one system in place, of which only the upper triangle is read; the solution stands in `right`.
+// A row is finished with all rows above it, four at a time, so that it stays in the first-level cache. False where the
+// matrix is not positive definite.
+inline bool solve_positive(int64_t n, double* matrix, double* right) {
+  for (int64_t j = 0; j < n; ++j) {
+    double* row = matrix + j * n;
+    for (int64_t k = 0; k < j; k += 4) {
+      const double* above[4];
+      double part[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const bool inside = k + i < j;
+        above[i] = matrix + (inside ? k + i : k) * n;
+        part[i] = inside ? above[i][j] / above[i][k + i] : 0.0;
+        right[j] -= part[i] * right[inside ? k + i : k];
+      }
+      for (int64_t c = j; c < n; ++c)
+        row[c] -= (part[0] * above[0][c] + part[1] * above[1][c]) + (part[2] * above[2][c] + part[3] * above[3][c]);
+    }
+    if (!(row[j] > 0)) return false;
+  }
+  for (int64_t j = n; j-- > 0;) {
+    for (int64_t c = j + 1; c < n; ++c) right[j] -= matrix[j * n + c] * right[c];
+    right[j] /= matrix[j * n + j];
+  }
+  return true;
+}
+
 }  // namespace ops
 }  // namespace
 }  // namespace hasten

@@ -209,6 +209,7 @@ void fill_ops(Kernels& k) {
   k.outer_pack = ops::outer_pack;
   k.outer_add = ops::outer_add;
   k.level_products = ops::level_products;
+  k.solve_positive = ops::solve_positive;
 }
 
 }  // namespace

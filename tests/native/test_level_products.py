@@ -1,4 +1,4 @@
-"""The normal equations of a row's scales, of every instruction set, against their formula in float64."""
+"""The normal equations of a row's scales and their solution, of every instruction set, against float64 formulas."""
 
 from __future__ import annotations
 
@@ -49,3 +49,25 @@ def test_shapes_that_do_not_go_together_are_refused(isa: str) -> None:
     for wrong, group in ((hessian[:63, :63], 32), (hessian, 48), (hessian, 4), (hessian, 0)):
         with pytest.raises(ValueError, match="do not go together"):
             _native.level_products(isa, levels, np.ascontiguousarray(wrong), group)
+
+
+@isas
+@pytest.mark.parametrize("size", [1, 2, 5, 28, 63])
+def test_a_system_is_solved(isa: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    inputs = rng.normal(size=(3, size + 2, size)).astype(np.float32)
+    matrices, right = np.einsum("rkg,rkh->rgh", inputs, inputs), rng.normal(size=(3, size)).astype(np.float32)
+    expected = np.linalg.solve(matrices.astype(np.float64), right[:, :, None].astype(np.float64))[:, :, 0]
+    np.testing.assert_allclose(_native.solve_positive(isa, matrices, right), expected, rtol=1e-8)
+
+
+@isas
+@pytest.mark.parametrize("at", [0, 3, 6])
+def test_a_matrix_that_is_not_positive_definite_has_no_solution(isa: str, at: int) -> None:
+    matrices, right = np.eye(7, dtype=np.float32)[None].repeat(2, axis=0), np.ones((2, 7), np.float32)
+    matrices[1, at, at] = -1
+    found = _native.solve_positive(isa, matrices, right)
+    np.testing.assert_array_equal(found[0], right[0])
+    assert np.isnan(found[1]).all()
+    with pytest.raises(ValueError, match="do not go together"):
+        _native.solve_positive(isa, matrices, right[:1])

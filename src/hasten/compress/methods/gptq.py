@@ -100,7 +100,7 @@ def _refit(pulled: Float32, made: Float32, scales: Float32, group: int, hessian:
     ridge = 1e-6 * np.einsum("rgg->rg", left).mean(axis=1) + 1e-30
     left += ridge[:, None, None] * np.eye(groups, dtype=np.float32)
     right += ridge[:, None] * scales
-    solved = np.linalg.solve(left.astype(np.float64), right[:, :, None].astype(np.float64))[:, :, 0]
+    solved = _native.solve_positive("", left, right)
     used = np.einsum("rgg->rg", left) > 2 * ridge[:, None]
     usable = used & np.isfinite(solved) & (np.abs(solved) < 60000)
     return half(np.where(usable, solved, scales).astype(np.float32))
