@@ -158,13 +158,19 @@ def look(
     into: Statistics,
     hessians: Collection[str] = (),
 ) -> None:
-    """`gather` where the section's output is not wanted, three times as fast: up to the last linear's input, matrices in
-    int4 by nearest rounding, so that one sees about what it will see once those before it are packed."""
+    """`gather` where the section's output is not wanted: nothing after the last linear's input is computed."""
     seen, through = _Sites(section, hessians), up_to_inputs(section)
-    quick = {name: _int4(weights[name]) for name in through.weights}
-    for _, outputs in steps(through, quick, windows, hidden, limits, tuple(seen.readers)):
+    for _, outputs in steps(through, weights, windows, hidden, limits, tuple(seen.readers)):
         seen.add(outputs)
     seen.tell(into)
+
+
+def roughly(weights: Weights, names: Collection[str]) -> Weights:
+    """The matrices `names` in int4 by nearest rounding: where they are to have about four bits, those that read what they
+    give then see about what they will see. Also 2.5 times as fast as bf16."""
+    int4 = formats.get("int4-g32")
+    made = {n: int4.pack(w.dense()) for n in names if isinstance(w := weights[n], Weight) and not w.format.group}
+    return {**weights, **made}
 
 
 class _Sites:
@@ -182,9 +188,3 @@ class _Sites:
     def tell(self, into: Statistics) -> None:
         into.sites |= self._gatherer.found()
         into.readers |= {name: value for value, names in self.readers.items() for name in names}
-
-
-def _int4(weight: Weight | Float32) -> Weight | Float32:
-    if not isinstance(weight, Weight) or weight.format.group:
-        return weight
-    return formats.get("int4-g32").pack(weight.dense())

@@ -40,6 +40,8 @@ VERSION = 3
 """Of what a work folder holds."""
 LIBRARIES = 64 << 20
 """Bytes that linear algebra takes for its own buffers, once."""
+FEW = 6
+"""Bits under which a matrix is as well looked at in int4."""
 KEPT = 4
 """Hidden states go to disk after so many blocks, which a run that is taken up may have to go through again."""
 COPIES = 10
@@ -140,7 +142,8 @@ def _section(
         changed = _folded(task, section, own, hidden)
         own |= changed
     if hidden is not None and any(asked.get(name, "nothing") != "nothing" for name in section.weights):
-        calibrate.look(section, own, task.windows, hidden, task.limits(), statistics, wanted)
+        rough = calibrate.roughly(own, [s.name for s in section.matrices() if _few_bits(task.choices[s.name])])
+        calibrate.look(section, rough, task.windows, hidden, task.limits(), statistics, wanted)
     mine = [spec.name for spec in section.matrices()]
     if last:  # tables that no section multiplies by: embeddings apart from the head
         mine += [s.name for s in graph.matrices() if s.name not in mine and not _in_block(graph, s.name)]
@@ -160,6 +163,10 @@ def _section(
             work.keep_hidden(index + 1, hidden)
     work.keep(index, packed)
     return hidden
+
+
+def _few_bits(choice: Choice) -> bool:
+    return not choice.is_original and formats.get(choice.format).bits_per_weight(1024, 1024) < FEW
 
 
 def _folded(task: Task, section: Graph, own: Mapping[str, Weight | Float32], hidden: Hidden | None) -> New:
