@@ -60,7 +60,6 @@ inline void outer_pack(const OuterPackArgs& a) {
 inline void outer_tile(const int16_t* a, const int16_t* b, int row0, const float* row_scales, const float* scales, float* tile) {
   simd::I sums[simd::kOuterRows];
   for (simd::I& sum : sums) sum = simd::no_pairs();
-#pragma GCC unroll 4
   for (int64_t at = 0; at < kOuterTokens * simd::kLanes; at += 2 * simd::kLanes) {
     const simd::I right = simd::load_pairs(b + at);
     for (int r = 0; r < simd::kOuterRows; ++r)

@@ -155,15 +155,22 @@ struct I { __m256i lo, hi; };
 HASTEN_INLINE I no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 HASTEN_INLINE I load_pairs(const int16_t* p) {
   const __m256i* wide = reinterpret_cast<const __m256i*>(p);
-  return {_mm256_loadu_si256(wide), _mm256_loadu_si256(wide + 1)};
+  __m256i lo = _mm256_loadu_si256(wide), hi = _mm256_loadu_si256(wide + 1);
+  asm("" : "+x"(lo), "+x"(hi));  // kept in registers: read again for each product, loads would be what it waits for
+  return {lo, hi};
 }
 HASTEN_INLINE I set_pair(const int16_t* p) {
   int32_t pair;
   memcpy(&pair, p, sizeof pair);
   return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
 }
+// GCC 12 moves sums from register to register until there are too few: each is told to stay where it is.
+HASTEN_INLINE __m256i add_in_place(__m256i sum, __m256i product) {
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+  return sum;
+}
 HASTEN_INLINE I add_products(I sum, I a, I b) {
-  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+  return {add_in_place(sum.lo, _mm256_madd_epi16(a.lo, b.lo)), add_in_place(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
 }
 HASTEN_INLINE V floats(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 

@@ -44,7 +44,7 @@ def test_a_recipe_by_hand(files, tmp_path, capsys) -> None:
     original = checkpoint.open(str(files[0]))
     for name, format in made.formats.items():
         error = np.linalg.norm(made.tensor(name) - original.tensor(name)) / np.linalg.norm(original.tensor(name))
-        assert error <= {"f32": 0, "int8-g64": 0.007}.get(format, 0.2)
+        assert error <= {"f32": 0, "int8-g64": 0.01}.get(format, 0.2)
     # Again onto the same output: refused, and nothing changes.
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
