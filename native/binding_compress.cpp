@@ -32,8 +32,8 @@ void outer_pack(const std::string& isa, Array<const float, nb::ndim<2>> x, Array
                 Array<float, nb::ndim<1>> magnitudes, Array<float, nb::ndim<1>> peaks, std::optional<Array<int16_t>> codes,
                 std::optional<Array<float>> scales, size_t chunk) {
   const size_t tokens = x.shape(0), columns = x.shape(1), padded = panels(columns) * kPanel;
-  const size_t chunks = scales ? scales->size() / padded : 0, size = kPanel * kOuterTokens;
-  if (tokens > kOuterTokens || squares.size() != columns || magnitudes.size() != columns || peaks.size() != columns ||
+  const size_t chunks = scales && padded ? scales->size() / padded : 0, size = kPanel * kOuterTokens;
+  if (columns == 0 || tokens > kOuterTokens || squares.size() != columns || magnitudes.size() != columns || peaks.size() != columns ||
       codes.has_value() != scales.has_value() || (codes && codes->size() != padded * kOuterTokens * chunks) ||
       (scales && (scales->size() != padded * chunks || chunk >= chunks)))
     throw std::invalid_argument("outer_pack: shapes do not go together");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class HastenError(Exception):
     """Anything wrong with what hasten was given. Shown as `error: MESSAGE` and `hint: HINT`, never a traceback."""
@@ -38,6 +40,13 @@ class BudgetError(HastenError):
 
 class OutputError(HastenError):
     """The output cannot be written: exists, not writable, disk full. Nothing half-written is left."""
+
+
+def unwritable(path: object, error: OSError) -> OutputError:
+    """What to raise where `path` could not be written."""
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT)  # None: NumPy, where a write ends midway
+    hint = "free some space, or choose an output on another disk" if full else "choose an output that can be written"
+    return OutputError(f"cannot write {path}: {error.strerror or error}", hint)
 
 
 class MemoryLimitError(HastenError):

@@ -38,12 +38,12 @@ def test_parts_of_a_model_keep_their_layers_formats(model):
 
 @pytest.mark.parametrize("wrong", [(), MIXED[:2], (*MIXED, "f32")])
 def test_another_number_of_layers_is_refused(model, wrong):
-    with pytest.raises(BackendError, match=f"kv_format names {len(wrong)} layers, the model has 3"):
+    with pytest.raises(BackendError, match=f"a cache format is given for {len(wrong)} layers, the model has 3"):
         cache.formats_of(model[0], wrong)
 
 
 def test_a_part_needs_its_own_layers_format(model):
-    with pytest.raises(BackendError, match="kv_format names 2 layers, the model has more"):
+    with pytest.raises(BackendError, match="a cache format is given for 2 layers, the model has more"):
         cache.formats_of(model[0].tail(2), MIXED[:2])
 
 

@@ -71,7 +71,7 @@ def test_the_cache_that_an_artifact_was_made_for(tmp_path: Path, model: Model, a
     assert checkpoint.open(str(artifact)).kv_formats == () == model.kv_formats
     path = checkpoint.write_artifact(tmp_path / "chosen", model, packed(model), {}, {}, ["int8", "int4"])
     assert checkpoint.open(str(path)).kv_formats == ("int8", "int4")
-    with pytest.raises(HastenError, match="kv_format names 1 layers, the model has 2"):
+    with pytest.raises(HastenError, match="a cache format is given for 1 layers, the model has 2"):
         checkpoint.write_artifact(tmp_path / "wrong", model, packed(model), {}, {}, ["int8"])
 
 

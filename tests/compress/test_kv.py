@@ -94,7 +94,7 @@ def test_what_cannot_be_chosen():
     assert kv.choose(GRAPH, {(1, "int4"): 0.5}, 0.5) == ("bf16", "int4", "bf16")
     with pytest.raises(BudgetError, match="a budget of -1 nats"):
         kv.choose(GRAPH, {}, -1.0)
-    with pytest.raises(BackendError, match="names 2 layers, the model has 3"):
+    with pytest.raises(BackendError, match="is given for 2 layers, the model has 3"):
         kv.choose(GRAPH, {}, 1.0, ("int8", "int8"))
 
 

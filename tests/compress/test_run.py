@@ -63,7 +63,7 @@ def test_a_recipe_says_what_caches_are_in_and_an_artifacts_own_stay(files, tmp_p
     capsys.readouterr()
     recipe.write_text("cache: [int8]")
     assert main(["compress", str(files[0]), "-o", str(tmp_path / "third"), "--recipe", str(recipe)]) == 2
-    assert "names 1 layers, the model has 2" in capsys.readouterr().err
+    assert "is given for 1 layers, the model has 2" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from search.tiny_model import write_model, write_text
 
-from hasten import checkpoint
+from hasten import checkpoint, formats
 from hasten.cli.compress import predict
-from hasten.compress import stream
+from hasten.compress import calibrate, stream
 from hasten.compress.recipe import KEEP, Choice
 from hasten.errors import CheckpointError, FormatError, OutputError
 from hasten.evaluate import perplexity
@@ -65,6 +65,31 @@ def test_what_was_stopped_goes_on_and_ends_the_same(made, tmp_path: Path, monkey
         again = stream.compress(one, tmp_path / f"b{stop}")
         assert same(undisturbed, again)
         assert times == [(tmp_path / f"b{stop}" / name).stat().st_mtime_ns for name in sections], "made again"
+
+
+def test_hidden_states_that_were_kept_are_gone_on_from(tmp_path: Path, monkeypatch) -> None:
+    """Stopped at any of five blocks, before or after its hidden states are kept, folds and all."""
+    monkeypatch.setattr(stream, "KEPT", 2)
+    model = checkpoint.open(str(write_model(tmp_path / "five", layers=5)))
+    windows = [np.random.default_rng(i).integers(0, 256, 64).astype(np.int32) for i in range(4)]
+    one = replace(task((model, windows)), folds=("awq",))
+    undisturbed = stream.compress(one, tmp_path / "whole")
+    keep = stream.Work.keep
+    for stop in (1, 3, 4, 5):
+
+        def killed(self, index: int, packed, stop: int = stop) -> None:
+            if index == stop:
+                raise KeyboardInterrupt
+            keep(self, index, packed)
+
+        work = tmp_path / f"stop{stop}"
+        with monkeypatch.context() as patch:
+            patch.setattr(stream.Work, "keep", killed)
+            with pytest.raises(KeyboardInterrupt):
+                stream.compress(one, work)
+        hidden = sorted(int(p.stem.split("-")[1]) for p in work.glob("hidden-*"))
+        assert hidden == [i for i in (2, 4) if i <= stop + 1]
+        assert same(undisturbed, stream.compress(one, work))
 
 
 def test_work_of_another_task_is_not_taken_up(made, tmp_path: Path) -> None:
@@ -145,6 +170,12 @@ def test_faults_are_named(made, tmp_path: Path) -> None:
         patch.setattr(type(one.model), "tensor", lambda self, name: broken)
         with pytest.raises(FormatError, match=r"^model\.layers\.0\.self_attn\.q_proj\.weight: "):
             stream.compress(one, tmp_path / "broken")
+    # Looked at in int4, it is left as it is until it is packed, and refused by name.
+    section, name = one.model.graph.block(1), "model.layers.1.mlp.up_proj.weight"
+    own = {n: one.model.weight(n) for n in section.weights} | {name: formats.get("f32").pack(broken)}
+    rough = calibrate.roughly(section, own, list(own))
+    assert rough[name] is own[name]
+    assert rough["model.layers.1.mlp.gate_proj.weight"].format.name == "int4-g32"
 
 
 MEASURED = """

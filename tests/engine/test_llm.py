@@ -267,7 +267,7 @@ def test_chat_without_a_template(tmp_path: Path) -> None:
         ({"threads": -1}, InputError, "threads is -1"),
         ({"kv_format": "int3"}, InputError, "kv_format is 'int3', must be auto, bf16, int8, int4 or f32"),
         ({"kv_format": "int8,int3"}, InputError, "kv_format is 'int3'"),
-        ({"kv_format": ("int8",) * 5}, BackendError, "kv_format names 5 layers, the model has 2"),
+        ({"kv_format": ("int8",) * 5}, BackendError, "a cache format is given for 5 layers, the model has 2"),
         ({"kv_format": ""}, InputError, "kv_format is ''"),
         ({"memory": 100_000}, MemoryLimitError, "97.7 KiB are available"),
         ({"contxt": 5}, TypeError, "contxt"),

@@ -34,9 +34,10 @@ def formats_of(graph: Graph, kv_format: KvFormat) -> tuple[str, ...]:
     if isinstance(kv_format, str):
         return (kv_format,) * count
     if graph.slots is None and count and len(kv_format) != count:
-        raise BackendError(f"kv_format names {len(kv_format)} layers, the model has {count}")
+        what = f"a cache format is given for {len(kv_format)} layers, the model has {count}"
+        raise BackendError(what, "give one for all, or one a layer")
     if graph.slots and len(kv_format) <= max(graph.slots):
-        raise BackendError(f"kv_format names {len(kv_format)} layers, the model has more")
+        raise BackendError(f"a cache format is given for {len(kv_format)} layers, the model has more")
     return tuple(kv_format[slot] for slot in (range(count) if graph.slots is None else graph.slots))
 
 

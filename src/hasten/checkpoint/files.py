@@ -26,7 +26,8 @@ def regular_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        hint = f"is {path.parent} the folder of a model?" if path.name == "config.json" else None
+        raise CheckpointError(f"{path} is missing", hint) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(status.st_mode):

@@ -111,7 +111,7 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
     With a plan all matrices that are new are held, too, and what goes into them; `turned` whole, all are in float32.
     """
     from hasten import formats
-    from hasten.compress import calibrate, gradients, restructure, stream
+    from hasten.compress import calibrate, folds, gradients, restructure, stream
     from hasten.compress.moments import CHUNKS, TOKENS
     from hasten.compress.run import needs
     from hasten.engine import memory
@@ -121,25 +121,27 @@ def predict(task: Task, plan: Plan | None = None, turned: bool = False) -> Predi
     stored = task.model.formats
     asked = needs(task.choices)
     blocks = [graph.block(i) for i in range(len(graph.blocks))] + [graph.tail(len(graph.blocks))]
-    weights, working = 0, stream.LIBRARIES
+    weights, working, rough = 0, stream.LIBRARIES, formats.get("int4-g32")  # that blocks are looked at in
+    by_block = [fold.NEEDS for name in task.folds if not (fold := folds.get(name)).WHOLE]
     for section in blocks:
         own = memory.weight_bytes(section, stored)
         own += sum(
-            formats.get(c.format).nbytes(*s.shape)
+            max(formats.get(c.format).nbytes(*s.shape), rough.nbytes(*s.shape))
             for s in section.matrices()
             if not (c := task.choices[s.name]).is_original
         )
+        own += sum(4 * s.shape[0] * s.shape[1] for s in section.matrices() if by_block)
         widths = [shapes[names[0]][1] for names in calibrate.linear_inputs(section).values()]
         second = [
             w
             for w, names in zip(widths, calibrate.linear_inputs(section).values(), strict=True)
-            if any(asked.get(n) == "hessian" for n in names)
+            if by_block.count("hessian") or any(asked.get(n) == "hessian" for n in names)
         ]
         largest = max((shapes[s.name][0] * shapes[s.name][1] for s in section.matrices()), default=0)
         rows = CHUNKS * TOKENS + calibrate.CHUNK
         gathered = sum(4 * w * w + 4 * rows * w for w in second)
         gathered += 6 * rows * max(second, default=0) + 8 * max(second, default=0) ** 2  # the last factor
-        made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 28 * max(second, default=0) ** 2)
+        made = 4 * stream.COPIES * largest + (4 * sum(w * w for w in second) + 16 * max(second, default=0) ** 2)
         weights, working = max(weights, own), max(working, stream.LIBRARIES + max(gathered, made))
     if "gradients" in asked.values():
         weights += 4 * gradients.COPIES * graph.parameters()

@@ -12,7 +12,7 @@ import numpy as np
 from hasten.backends.batch import Float32
 from hasten.compress.methods import Inputs
 from hasten.compress.moments import Moments
-from hasten.errors import CheckpointError, OutputError
+from hasten.errors import CheckpointError, unwritable
 
 Hidden = list[Float32]
 """One array [tokens, width] a window."""
@@ -51,7 +51,7 @@ class Statistics:
             part.replace(folder / "statistics.npz")
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {folder}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(folder, error) from None
 
     def spill(self, folder: Path) -> None:
         """Put second moments into files of `folder`, and keep maps of them instead. Raises OutputError."""
@@ -64,7 +64,7 @@ class Statistics:
                 np.save(file, site.hessian)
                 self.sites[name] = replace(site, hessian=np.load(file, mmap_mode="r"))
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(folder, error) from None
 
     @staticmethod
     def load(folder: Path) -> Statistics:
@@ -103,9 +103,8 @@ class Gatherer:
         for site, sums in self._moments.items():
             sums.settle()
             if not np.isfinite(sums.squares).all():
-                raise CheckpointError(
-                    f"what flows into '{self.sites[site][0]}' holds a NaN or an infinity", "the weights may be damaged"
-                )
+                what = f"what flows into '{self.sites[site][0]}' holds a NaN or an infinity, or is too large"
+                raise CheckpointError(what, "the weights may be damaged")
             made[site] = Inputs(sums.squares / sums.tokens, sums.magnitudes / sums.tokens, sums.peaks, sums.second())
         self._moments.clear()
         return made

@@ -20,7 +20,7 @@ import numpy as np
 from hasten import formats
 from hasten.backends.batch import Float32, Int32, Limits
 from hasten.backends.cache import KvFormat
-from hasten.backends.host import native_build
+from hasten.backends.host import native_build, sources
 from hasten.checkpoint import Model, files, safetensors
 from hasten.checkpoint.write import stored_arrays
 from hasten.compress import calibrate, folds, gradients, methods
@@ -29,7 +29,7 @@ from hasten.compress.methods import Inputs
 from hasten.compress.recipe import Choice
 from hasten.compress.run import needs
 from hasten.compress.statistics import Hidden, Statistics
-from hasten.errors import CheckpointError, FormatError, OutputError
+from hasten.errors import CheckpointError, FormatError, OutputError, unwritable
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
 from hasten.graph.structure import Structure
@@ -67,7 +67,7 @@ class Task:
         """What the work of another run must agree with to be taken up."""
         return {
             "version": VERSION,
-            "build": native_build(),
+            "build": [native_build(), sources()],
             "model": files.fingerprint(self.model.path),
             "structure": self.model.structure.json(),
             "context": self.model.graph.context,
@@ -142,8 +142,10 @@ def _section(
         changed = _folded(task, section, own, hidden)
         own |= changed
     if hidden is not None and any(asked.get(name, "nothing") != "nothing" for name in section.weights):
-        rough = calibrate.roughly(own, [s.name for s in section.matrices() if _few_bits(task.choices[s.name])])
+        few = [s.name for s in section.matrices() if _few_bits(task.choices[s.name])]
+        rough = calibrate.roughly(section, own, few)
         calibrate.look(section, rough, task.windows, hidden, task.limits(), statistics, wanted)
+        del rough
     mine = [spec.name for spec in section.matrices()]
     if last:  # tables that no section multiplies by: embeddings apart from the head
         mine += [s.name for s in graph.matrices() if s.name not in mine and not _in_block(graph, s.name)]
@@ -258,7 +260,7 @@ class Work:
             part.replace(self._section(index))
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(self.folder, error) from None
 
     def packed(self, index: int, task: Task) -> dict[str, Weight | Float32]:
         """What `keep` kept, mapped."""
@@ -291,7 +293,7 @@ class Work:
                 return {name: arrays[name] for name in names}
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(self.folder, error) from None
 
     def keep_hidden(self, index: int, hidden: Hidden) -> None:
         """Of block `index`'s input; those before stay until its section is kept."""
@@ -303,7 +305,7 @@ class Work:
             self._hidden(index - 2 * KEPT).unlink(missing_ok=True)
         except OSError as error:
             part.unlink(missing_ok=True)
-            raise OutputError(f"cannot write {self.folder}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(self.folder, error) from None
 
     def has_hidden(self, index: int) -> bool:
         return self._hidden(index).exists()

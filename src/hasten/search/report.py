@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hasten.errors import OutputError
+from hasten.errors import unwritable
 from hasten.search import plots, sections, table
 from hasten.search.sections import Section
 from hasten.search.texts import NEGLIGIBLE
@@ -24,14 +24,14 @@ def write(folder: Path, document: Json, recipe: Json) -> None:
         "report.json": json.dumps(document, indent=1) + "\n",
         "report.md": markdown(document),
         "report.html": html(document),
-        "recipe.yaml": "# What the search chose; `hasten compress` takes it.\n"
+        "recipe.yaml": "# What the search chose; `hasten compress` takes it. It packs block by block: other bytes.\n"
         + yaml.safe_dump(recipe, sort_keys=False),
     }
     for name, content in files.items():
         try:
             (folder / name).write_text(content, encoding="utf-8")
         except OSError as error:
-            raise OutputError(f"cannot write {folder / name}: {error.strerror}", "is the disk full?") from None
+            raise unwritable(folder / name, error) from None
 
 
 def markdown(document: Json) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from hasten import _native
 from hasten.errors import FormatError
 
 Float32 = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ def in_threads(work: Callable[[S], T], chunks: list[S]) -> Iterator[T]:
     if len(chunks) == 1:
         yield work(chunks[0])
         return
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+    with ThreadPoolExecutor(min(len(chunks), _native.granted_threads())) as pool:
         yield from pool.map(work, chunks)
 
 

@@ -9,9 +9,7 @@ from j on is 1 / R[j, j]^2. Rows do not depend on each other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hasten import _native
-from hasten.compress.methods._groups import Round
+from hasten.compress.methods._groups import Round, in_threads
 from hasten.errors import FormatError
 
 Float32 = npt.NDArray[np.float32]
@@ -140,11 +138,7 @@ def sweep(values: Float32, factor: Factor, grid: Grid) -> tuple[Float32, Float64
         error[rows] = _sweep(turned, factor.ahead, weights, scales[:, rows], levels, grid)
         made[rows] = turned.T
 
-    if len(parts) == 1:
-        one(parts[0])
-    else:
-        with ThreadPoolExecutor(min(len(parts), _cores())) as pool:
-            list(pool.map(one, parts))
+    list(in_threads(one, parts))
     return made, error
 
 
@@ -171,7 +165,3 @@ def loss(difference: Float32, hessian: npt.NDArray[Any]) -> Float64:
     moved = difference @ np.asarray(hessian, np.float32)
     found: Float64 = np.einsum("rc,rc->r", moved, difference, dtype=np.float64)
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -97,10 +97,11 @@ def _refit(pulled: Float32, made: Float32, scales: Float32, group: int, hessian:
     levels[:columns] = np.rint(made / divisors).T
     left = _native.level_products("", levels, hessian, group)
     right = np.add.reduceat(pulled * levels[:columns].T, np.arange(0, columns, group), axis=1)
-    ridge = 1e-6 * np.einsum("rgg->rg", left).mean(axis=1) + 1e-30
-    left += ridge[:, None, None] * np.eye(groups, dtype=np.float32)
+    diagonal = np.einsum("rgg->rg", left)  # a view
+    ridge = (1e-6 * diagonal.mean(axis=1) + 1e-30).astype(np.float32)
+    diagonal += ridge[:, None]
     right += ridge[:, None] * scales
     solved = _native.solve_positive("", left, right)
-    used = np.einsum("rgg->rg", left) > 2 * ridge[:, None]
+    used = diagonal > 2 * ridge[:, None]
     usable = used & np.isfinite(solved) & (np.abs(solved) < 60000)
     return half(np.where(usable, solved, scales).astype(np.float32))
