@@ -43,22 +43,21 @@ inline void sweep(const SweepArgs& a) {
   });
 }
 
-// Columns whose sums are kept in registers: as many as hide the latency of fma where sixteen lanes are one register.
-inline constexpr int kSumsTogether = simd::kPart == simd::kLanes ? 8 : 4;
+static_assert(kLevelColumns % simd::kSumsTogether == 0);
 
-// sum over c and d of one[c] * hessian[c, d] * other[d] for sixteen rows; `step` floats from column to column.
+// sum over c and d of one[c] * hessian[c, d] * other[d] for sixteen rows; levels and Hessian as a's strides say.
 HASTEN_INLINE V level_product(const LevelProductsArgs& a, const float* one, const float* other, const float* hessian,
                               int64_t lanes) {
   V total = simd::zero();
-  for (int64_t c = 0; c < a.group; c += kSumsTogether) {
-    V sums[kSumsTogether];
+  for (int64_t c = 0; c < a.group; c += simd::kSumsTogether) {
+    V sums[simd::kSumsTogether];
     for (V& sum : sums) sum = simd::zero();
     for (int64_t d = 0; d < a.group; ++d) {
       const V level = read(other + d * a.rows, lanes);
-      for (int k = 0; k < kSumsTogether; ++k)
+      for (int k = 0; k < simd::kSumsTogether; ++k)
         sums[k] = simd::fma(simd::set(hessian[(c + k) * a.columns + d]), level, sums[k]);
     }
-    for (int k = 0; k < kSumsTogether; ++k) total = simd::fma(sums[k], read(one + (c + k) * a.rows, lanes), total);
+    for (int k = 0; k < simd::kSumsTogether; ++k) total = simd::fma(sums[k], read(one + (c + k) * a.rows, lanes), total);
   }
   return total;
 }

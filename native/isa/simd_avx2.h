@@ -149,6 +149,7 @@ HASTEN_INLINE float largest(V a) {
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
+inline constexpr int kSumsTogether = 4;
 // Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
 inline constexpr int kOuterRows = 4;
 struct I { __m256i lo, hi; };

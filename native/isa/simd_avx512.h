@@ -123,9 +123,8 @@ HASTEN_INLINE float largest(V a) {
   return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
 }
 
-// Sixteen double accumulators.
-HASTEN_INLINE __m512d low_half(V a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
-HASTEN_INLINE __m512d high_half(V a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
+// Columns whose sums isa/compress.h keeps in registers: as many as hide the latency of fma, and no more than fit.
+inline constexpr int kSumsTogether = 8;
 // Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
 inline constexpr int kOuterRows = 8;
 struct I { __m512i v; };
@@ -139,15 +138,18 @@ HASTEN_INLINE I set_pair(const int16_t* p) {
 HASTEN_INLINE I add_products(I sum, I a, I b) { return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))}; }
 HASTEN_INLINE V floats(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 
+// Sixteen double accumulators.
+HASTEN_INLINE __m512d low_half(V a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
+HASTEN_INLINE __m512d high_half(V a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
 HASTEN_INLINE D zero_double() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 HASTEN_INLINE D accumulate(D s, V x) { return {_mm512_add_pd(s.lo, low_half(x)), _mm512_add_pd(s.hi, high_half(x))}; }
-// s + w * (a - b) in double.
 HASTEN_INLINE void store(double* p, D s, int64_t n) {
   double full[kLanes];
   _mm512_storeu_pd(full, s.lo);
   _mm512_storeu_pd(full + 8, s.hi);
   memcpy(p, full, static_cast<size_t>(n) * sizeof *p);
 }
+// s + w * (a - b) in double.
 HASTEN_INLINE D accumulate_difference(D s, V w, V a, V b) {
   return {_mm512_fmadd_pd(low_half(w), _mm512_sub_pd(low_half(a), low_half(b)), s.lo),
           _mm512_fmadd_pd(high_half(w), _mm512_sub_pd(high_half(a), high_half(b)), s.hi)};

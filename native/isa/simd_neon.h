@@ -161,6 +161,7 @@ HASTEN_INLINE float largest(V a) {
 HASTEN_INLINE float64x2_t pair(V a, int i) {
   return i % 2 ? vcvt_high_f64_f32(a.part[i / 2]) : vcvt_f64_f32(vget_low_f32(a.part[i / 2]));
 }
+inline constexpr int kSumsTogether = 4;
 // Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
 inline constexpr int kOuterRows = 4;
 struct I { int32x4_t part[4]; };

@@ -152,6 +152,7 @@ HASTEN_INLINE float largest(V a) {
   return most;
 }
 
+inline constexpr int kSumsTogether = 2;
 // Pairs of 16-bit numbers, and sums of their products: isa/outer.h.
 inline constexpr int kOuterRows = 1;
 struct I { int32_t lane[kLanes]; };

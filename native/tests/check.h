@@ -177,6 +177,8 @@ void test_vocabulary(const Kernels& k);   // logsumexp, divergence, argmax, mass
 void test_sampling(const Kernels& k);
 void test_attention(const Kernels& k);
 void test_limits(const Kernels& k);       // what measures the machine
+void test_outer(const Kernels& k);        // outer_pack, outer_add
+void test_compress(const Kernels& k);     // level_products, solve_positive, sweep
 void test_pool();
 void test_program(const Kernels& k);
 // Plants each fault in a copy of the table; those that no test notices are failures.

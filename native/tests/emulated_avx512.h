@@ -160,6 +160,7 @@ inline __m512i expand(uint64_t mask, __m512i v) {
 #undef _mm512_maskz_loadu_epi32
 #undef _mm512_cvtps_epi32
 #undef _mm512_dpbusd_epi32
+#undef _mm512_madd_epi16
 #define _mm512_mask_storeu_ps emulated::mask_storeu_ps
 #define _mm512_extractf32x8_ps emulated::extractf32x8_ps
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
@@ -178,3 +179,4 @@ inline __m512i expand(uint64_t mask, __m512i v) {
 #define _mm512_maskz_loadu_epi32 emulated::maskz_loadu_epi32
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_dpbusd_epi32 emulated::dpbusd
+#define _mm512_madd_epi16 simde_mm512_madd_epi16   // a release gives the alias the mask's arguments

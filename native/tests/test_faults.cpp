@@ -153,6 +153,65 @@ const Fault kFaults[] = {
          sound->masses(x, top, factor * 1.0001f, n, out);
        };
      }, test_vocabulary},
+    {"a feature's code is off by one", [](Kernels& k) {
+       k.outer_pack = [](const OuterPackArgs& a) {
+         sound->outer_pack(a);
+         if (a.codes != nullptr) a.codes[0] = static_cast<int16_t>(a.codes[0] > 0 ? a.codes[0] - 1 : a.codes[0] + 1);
+       };
+     }, test_outer},
+    {"a sum of squares is off in the sixth digit", [](Kernels& k) {
+       k.outer_pack = [](const OuterPackArgs& a) {
+         sound->outer_pack(a);
+         a.squares[a.columns - 1] *= 1 + 1e-6;
+       };
+     }, test_outer},
+    {"a sum of outer products is off in the fifth digit", [](Kernels& k) {
+       k.outer_add = [](const OuterAddArgs& a) {
+         sound->outer_add(a);
+         nudge(a.into[(a.panel1 - 1) * 16 * (a.columns + 1)]);
+       };
+     }, test_outer},
+    {"outer products of one panel too many are added", [](Kernels& k) {
+       k.outer_add = [](const OuterAddArgs& a) {
+         OuterAddArgs other = a;
+         if (a.panel1 * 16 < a.columns) ++other.panel1;
+         sound->outer_add(other);
+       };
+     }, test_outer},
+    {"a product of levels is off in the fourth digit", [](Kernels& k) {
+       k.level_products = [](const LevelProductsArgs& a) {
+         sound->level_products(a);
+         a.left[0] *= 1.0003f;
+       };
+     }, test_compress},
+    {"a solution is off in the ninth digit", [](Kernels& k) {
+       k.solve_positive = [](int64_t n, double* matrix, double* right) {
+         const bool solved = sound->solve_positive(n, matrix, right);
+         right[n - 1] *= 1 + 1e-9;
+         return solved;
+       };
+     }, test_compress},
+    {"a matrix that is not positive definite is taken", [](Kernels& k) {
+       k.solve_positive = [](int64_t n, double* matrix, double* right) {
+         sound->solve_positive(n, matrix, right);
+         return true;
+       };
+     }, test_compress},
+    {"a sweep keeps what is pruned", [](Kernels& k) {
+       k.sweep = [](const SweepArgs& a) {
+         SweepArgs other = a;
+         other.kept = nullptr;
+         sound->sweep(other);
+       };
+     }, test_compress},
+    {"a sweep forgets what was lost", [](Kernels& k) {
+       k.sweep = [](const SweepArgs& a) {
+         const std::vector<float> none(static_cast<size_t>(a.columns * a.columns));
+         SweepArgs other = a;
+         other.ahead = none.data();
+         sound->sweep(other);
+       };
+     }, test_compress},
 };
 
 }  // namespace

@@ -18,6 +18,7 @@ constexpr Part kParts[] = {{"quantise", test_quantise},         {"matmul_int", t
                            {"matmul_float", test_matmul_float}, {"rows", test_rows},
                            {"vocabulary", test_vocabulary},     {"attention", test_attention},
                            {"limits", test_limits},             {"sampling", test_sampling},
+                           {"outer", test_outer},               {"compress", test_compress},
                            {"program", test_program}};
 
 void test_table(const Kernels& k, bool faults) {
