@@ -270,7 +270,9 @@ def test_inspect_predicts_a_cache_chosen_by_layer(model: str, capsys: Captured) 
     assert memory["kv_cache"] == 128 * 2 * 2 * ((8 + 4) + 32)  # tokens, k and v, heads, a layer of each
     assert main(["inspect", model, "--kv-format", "int4,bf16"]) == 0
     assert "cache in 1 layer int4, 1 layer bf16:" in capsys.readouterr().out
-    assert "is given for 3 layers, the model has 2" in fails(["inspect", model, "--kv-format", "int4,bf16,int8"], capsys)
+    assert "is given for 3 layers, the model has 2" in fails(
+        ["inspect", model, "--kv-format", "int4,bf16,int8"], capsys
+    )
 
 
 def test_inspect_for_people(model: str, capsys: Captured) -> None:

@@ -156,7 +156,7 @@ def test_gradients_are_those_of_the_loss(made, tmp_path: Path) -> None:
 def test_faults_are_named(made, tmp_path: Path) -> None:
     one = task(made)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot work in"):
+    with pytest.raises(OutputError, match="cannot write"):
         stream.compress(one, tmp_path / "file" / "work")
     stream.compress(one, tmp_path / "work")
     (tmp_path / "work" / "section-00002.safetensors").unlink()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hasten.cli.options import argument, option, required
 from hasten.cli.progress import reporter
+from hasten.errors import HastenError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,11 +66,17 @@ def run(options: Options) -> int:
     facts |= {"fold": list(wanted.folds)} if wanted.folds else {}
     before = model.bytes_on_disk
     work = options.output.absolute().with_name(options.output.absolute().name + ".work")
+    if work.is_dir():
+        print(f"note: {work} holds an earlier run's work: continued if it was asked for the same", file=sys.stderr)
     try:
         with reporter() as report:
             model, weights = restructure.compress(model, plan, choices, replace(how, report=report), work)
             kv_formats = cache.formats_of(model.graph, kept) if (kept := _cache(wanted, model)) else ()
             written = checkpoint.write_artifact(options.output, model, weights, facts, {}, kv_formats)
+    except HastenError:
+        if not any(work.rglob("section-*")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     except KeyboardInterrupt:
         print("note: the same command, given again, continues from here", file=sys.stderr)
         raise

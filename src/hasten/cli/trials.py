@@ -9,6 +9,7 @@ from typing import Any
 from hasten.cli.options import argument, option
 from hasten.errors import InputError
 
+NOTE = "measured by the searches, on the text that they chose by; what was proven is in an artifact's report.md"
 HELP = "list what searches have measured, or show one candidate's recipe"
 
 
@@ -39,7 +40,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json_module.dumps([{k: v for k, v in row.items() if k != "choices"} for row in found], indent=1))
     else:
-        print(table(found) if found else "no trial matches")
+        print(f"{table(found)}\n{NOTE}" if found else "no trial matches")
     return 0
 
 
@@ -84,7 +85,7 @@ def speeds(one: dict[str, Any]) -> str:
 
 def table(found: list[dict[str, Any]]) -> str:
     """In columns, plain."""
-    head = ("id", "when", "model", "objective", "budget", "candidate", "loss", "MB", "decode", "prefill", "")
+    head = ("id", "when", "model", "objective", "budget", "candidate", "loss", "MB", "decode", "prefill", "state")
     rows = [head]
     for one in found:
         gains = one["figures"]["speedup"] or {}

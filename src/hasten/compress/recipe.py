@@ -74,6 +74,8 @@ class Recipe:
                 hint = f"a tensor is called '{near[0]}'; * stands for any characters" if near else None
                 raise InputError(f"the recipe's pattern '{rule.match}' matches no matrix of this model", hint)
             mine = {name for name in left if fnmatchcase(name, rule.match)}
+            if not mine and [r.match for r in self.rules].count(rule.match) > 1:
+                raise InputError(f"the recipe has the pattern '{rule.match}' twice", "leave out one of the rules")
             if not mine:
                 raise InputError(
                     f"the recipe's pattern '{rule.match}' comes too late: earlier rules take all that it matches",

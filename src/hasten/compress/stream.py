@@ -240,8 +240,10 @@ class Work:
             folder.mkdir(parents=True, exist_ok=True)
             if not file.exists():
                 files.write_whole(file, json.dumps(facts).encode())
-        except (OSError, ValueError) as error:
-            raise OutputError(f"cannot work in {folder}: {error}", "remove it, or choose another output") from None
+        except OSError as error:
+            raise unwritable(folder, error) from None
+        except ValueError:
+            raise OutputError(f"{file} is damaged", f"remove {folder}, or choose another output") from None
 
     def _section(self, index: int) -> Path:
         return self.folder / f"section-{index:05d}.safetensors"

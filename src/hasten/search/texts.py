@@ -17,6 +17,7 @@ from hasten.evaluate.text import Encoder
 
 SPLITS = ("calibration", "search", "final")
 FEWEST_TOKENS = 2048
+FEWEST_CALIBRATION = 256
 LARGEST_WINDOW = 1024
 RUN = 16  # tokens in a row that count as the same text
 MOST_SHARED = 0.05
@@ -71,9 +72,12 @@ def calibration_windows(
 ) -> tuple[list[Int32], str]:
     """Windows to calibrate on, at most `most_tokens`, from a file or the built-in text; and where they came from."""
     text = beginning(path) if path else checkpoint.demo_text("calibration")
+    if most_tokens < FEWEST_CALIBRATION:
+        raise InputError(f"calibration takes {FEWEST_CALIBRATION} tokens or more, not {most_tokens}")
     tokens = encode(tokenizer, text)[:most_tokens]
-    if len(tokens) < 2:
-        raise InputError(f"the calibration text is too short: {len(tokens)} tokens")
+    if len(tokens) < FEWEST_CALIBRATION:
+        what = f"the calibration text is too short: {len(tokens)} tokens, at least {FEWEST_CALIBRATION} are needed"
+        raise InputError(what, "give a longer one; thousands of tokens are better")
     return split(tokens, min(context, 512)), str(path) if path else BUILT_IN
 
 
