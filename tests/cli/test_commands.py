@@ -126,7 +126,7 @@ def test_a_mistyped_path_is_not_sent_to_the_hub(
 def test_eval_json_has_exactly_these_keys(model: str, text: Path, capsys: Captured) -> None:
     assert main(["eval", model, "--data", str(text), "--context", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert list(found) == ["perplexity", "ci95", "tokens", "kl_divergence", "top1_agreement"]
+    assert list(found) == ["perplexity", "ci95", "tokens", "kl_divergence", "top1_agreement", "perplexity_ratio"]
     assert found["kl_divergence"] is None
     tokens = len(text.read_text())  # one a byte
     windows = -(-tokens // 64)
@@ -140,10 +140,17 @@ def test_eval_with_a_reference(model: str, text: Path, tmp_path: Path, capsys: C
     apart = json.loads(capsys.readouterr().out)
     assert apart["kl_divergence"] > 0.1
     assert apart["top1_agreement"] < 0.9
+    assert main(["eval", other, "--data", str(text), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    estimate, low, high = apart["perplexity_ratio"]
+    assert alone["perplexity_ratio"] is None
+    assert estimate == pytest.approx(apart["perplexity"] / alone["perplexity"], rel=1e-4)
+    assert low <= estimate <= high
     assert main(["eval", model, "--data", str(text), "--reference", model]) == 0
     shown = capsys.readouterr().out
     assert "kl divergence   0.000000 nats" in shown
     assert "top-1 agreement 100.00%" in shown
+    assert "growth          +0.00%" in shown
 
 
 def test_eval_measures_what_an_int8_cache_costs(model: str, text: Path, capsys: Captured) -> None:

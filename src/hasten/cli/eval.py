@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +87,9 @@ def show(found: Evaluation) -> None:
     interval = f"   95%: {found.ci95[0]:.4f} to {found.ci95[1]:.4f}" if found.ci95 else ""
     print(f"perplexity      {found.perplexity:.4f}{interval}")
     print(f"tokens          {found.tokens}")
+    if (ratio := found.ratio) and math.isfinite(ratio.high):
+        low, middle, high = (f"{100 * (x - 1):+.2f}%" for x in (ratio.low, ratio.estimate, ratio.high))
+        print(f"growth          {middle}   95%: {low} to {high}, over the reference's perplexity")
     if found.kl_divergence is not None and found.top1_agreement is not None:
         print(f"kl divergence   {found.kl_divergence:.6f} nats a token, to the reference")
         print(f"top-1 agreement {100 * found.top1_agreement:.2f}%")

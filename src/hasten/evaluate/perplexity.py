@@ -6,6 +6,7 @@ read the same tokens in lockstep, so the divergence is over the whole vocabulary
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -18,7 +19,8 @@ from hasten.backends.batch import Float32, Int32, Limits, Program
 from hasten.backends.cache import KvFormat
 from hasten.engine import memory
 from hasten.errors import CheckpointError, InputError
-from hasten.evaluate.bootstrap import interval
+from hasten.evaluate import paired
+from hasten.evaluate.bootstrap import Interval, interval
 from hasten.formats import Weight
 from hasten.graph.graph import Graph
 
@@ -49,6 +51,11 @@ class Evaluation:
     agreements: list[npt.NDArray[np.bool_]] | None = None
     """One array a window: whether both models' most likely token is the same."""
 
+    @property
+    def ratio(self) -> Interval | None:
+        """perplexity / the reference's, paired token by token."""
+        return paired.difference(self.reference_logprobs, self.logprobs) if self.reference_logprobs else None
+
     def summary(self) -> dict[str, Any]:
         """The figures, by the names that `hasten eval --json` prints."""
         return {
@@ -57,6 +64,7 @@ class Evaluation:
             "tokens": self.tokens,
             "kl_divergence": self.kl_divergence,
             "top1_agreement": self.top1_agreement,
+            "perplexity_ratio": [r.estimate, r.low, r.high] if (r := self.ratio) and math.isfinite(r.high) else None,
         }
 
 
