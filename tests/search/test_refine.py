@@ -180,3 +180,17 @@ def test_gain_holds_only_where_it_is_sure() -> None:
     assert found.low < found.estimate < found.high
     assert found.estimate == pytest.approx(2.0, rel=0.1)
     assert speed.gain(noise, faster, "prefill").estimate == 0.5
+
+
+def test_out_of_time_with_nothing_that_fits_one_more_is_measured_and_that_is_careful() -> None:
+    world = space()
+    one = refiner(world, Judge(world, 6.0))
+    one.enough_time = lambda: False
+    one.search()
+    daring, careful = one.tried
+    assert not daring.fits
+    assert careful.fits
+    fitting = refiner(world, Judge(world, 1.0))
+    fitting.enough_time = lambda: False
+    fitting.search()
+    assert [t.fits for t in fitting.tried] == [True]

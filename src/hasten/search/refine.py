@@ -20,6 +20,8 @@ from hasten.search.cost import Whole
 from hasten.search.quality import Bounds, Judge, Reading, Readings
 
 Choices = dict[str, Choice]
+CAREFUL = 0.25
+"""Of the allowance that would be next, where there is time for one more only and none has kept the budget."""
 ROUNDS = 6
 CLOSE = 0.08
 """A candidate whose careful reading comes this near to the budget, relative to it, is near enough."""
@@ -160,6 +162,10 @@ class Refiner:
         fails: tuple[float, float] | None = None  # and of the most careful that does not
         for number in range(1, rounds + 1):
             if number > 1 and not self.enough_time():
+                if not any(
+                    t.fits for t in self.tried
+                ):  # a search that ends with nothing has wasted more time than one candidate takes
+                    self.allocated(f"candidate {number}", CAREFUL * allowance)
                 return
             one = self.allocated(f"candidate {number}", allowance)
             if one is None:
