@@ -69,7 +69,7 @@ def test_a_search_enters_once(files, tmp_path, monkeypatch, capsys) -> None:  # 
     assert "# searched for: decode within ppl=5%" in text
     assert main(["trials", "--model", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(found) + 2
+    assert len(lines) == len(found) + 3  # beside what they are: head, rule, and whose figures they are
     assert lines[2].startswith(found[0]["id"][:8])
     assert main(["trials", "--model", "no%such"]) == 0
     assert "no trial matches" in capsys.readouterr().out
